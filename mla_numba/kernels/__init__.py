@@ -1,0 +1,1 @@
+"""The kernels: one module each; `docs/map.md` says in which order to read them."""

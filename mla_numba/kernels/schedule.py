@@ -1,0 +1,28 @@
+"""The tile scheduler on the device: one thread block fills the schedule, so that planning needs no look at the lengths from the host."""
+
+from numba import cuda
+from numba.cuda import config, int32
+
+from ..scheduler import make_scheduler
+
+# The simulator runs every thread as a Python thread.
+NUM_THREADS = 8 if config.ENABLE_CUDASIM else 256
+
+
+@cuda.jit(device=True)
+def _sync():
+    cuda.syncthreads()
+
+
+_scheduler = make_scheduler(cuda.jit(device=True), _sync)
+visible_tokens, piece_end, slot_of = _scheduler.visible_tokens, _scheduler.piece_end, _scheduler.slot_of
+_build = _scheduler.build
+
+
+@cuda.jit
+def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job, block_n, overhead_blocks,
+                   min_split_blocks, split_blocks, jobs, axis, num_splits, workers, totals):
+    """Fill the schedule (see `scheduler.build`). Grid 1, block NUM_THREADS."""
+    sums_smem = cuda.shared.array(NUM_THREADS, int32)
+    _build(cuda.threadIdx.x, NUM_THREADS, sums_smem, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
+           block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, totals)

@@ -1,0 +1,269 @@
+"""The tile scheduler: cuts every request's KV blocks over the workers so that all finish together. Integers only.
+
+The work of a batch is laid end to end on one axis, job after job, each job `overhead_blocks` long plus its KV blocks:
+
+    job 0          job 1      job 2                                          job 3
+    |oo|----------|oo|-----|oo|---------------------------------------------|oo|--|
+    worker 0 ............. | worker 1 ............ | worker 2 .............. | worker 3
+
+A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
+at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. The
+share is the average plus one overhead, and grows where earlier workers stopped short, so the last worker is never left with the
+rest. Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
+
+Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
+queries, and time: one thread takes a step per worker, by galloping search, where FlashMLA's takes one per request.
+
+`make_scheduler` returns the functions compiled by the given `jit`: identity for plain Python, `njit` for the host,
+`cuda.jit(device=True)` for the device. `build` is run by `num_threads` threads together, of which the host has one.
+
+Invariants (verify/test_l0_scheduler.py; names after FlashMLA 9241ae3, get_decoding_sched_meta.cu): the pieces of a job tile
+[0, num_blocks) without gap or overlap; its split ids are 0 .. n - 1 in order of blocks; there are at most
+num_jobs + num_workers - 1 pieces in all (without `split_blocks`); idle workers have begin_job == num_jobs.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+# Columns of the job table, int32 (max_jobs, JOB_COLUMNS).
+JOB_REQUEST, JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS = range(7)
+JOB_COLUMNS = 8
+# Columns of the worker table, int32 (num_workers, WORKER_COLUMNS): FlashMLA's tile_scheduler_metadata, with jobs for requests.
+# end_job is inclusive, end_block exclusive.
+BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
+WORKER_COLUMNS = 8
+# `totals`, int32 (2,): jobs in use; pieces beyond one per job (what the workspace is sized by).
+TOTAL_JOBS, TOTAL_EXTRA_SPLITS = range(2)
+NUM_TOTALS = 2
+
+
+def num_partial_slots(extra_splits: int) -> int:
+    """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job."""
+    return 2 * extra_splits
+
+
+def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> SimpleNamespace:
+    """Compile the scheduler with `jit`; `sync` is the barrier between the threads that run `build` together."""
+
+    @jit
+    def visible_tokens(seq_len, q_len, q_idx, causal):
+        """Tokens that query `q_idx` of a request sees: all, or those up to its own place, counted from the end."""
+        if causal:
+            return max(seq_len - (q_len - 1 - q_idx), 0)
+        return max(seq_len, 0)
+
+    @jit
+    def piece_end(block, end_block, split_blocks):
+        """Where the piece that begins at `block` ends: at the next multiple of `split_blocks`, or where the worker stops."""
+        if split_blocks == 0:
+            return end_block
+        return min(end_block, (block // split_blocks + 1) * split_blocks)
+
+    @jit
+    def slot_of(num_splits, job, split):
+        """Workspace slot of a piece. Only split jobs use slots: E = num_splits[job] - job extra pieces lie before the job, and
+        2 E + split never meets the next split job's, whose E is larger by at least splits - 1."""
+        return 2 * (num_splits[job] - job) + split
+
+    @jit
+    def _q_range(request, cu_seqlens_q, seq_len_q, total_q):
+        """(first query token, query tokens) of a request; offsets that no batch can have are brought into [0, total_q]."""
+        if seq_len_q > 0:
+            return 0, seq_len_q
+        begin = min(max(cu_seqlens_q[request], 0), total_q)
+        return begin, min(max(cu_seqlens_q[request + 1], begin), total_q) - begin
+
+    @jit
+    def _jobs_of(q_len, heads_per_kv, rows_per_job):
+        return (q_len * heads_per_kv + rows_per_job - 1) // rows_per_job
+
+    @jit
+    def _fill_jobs(jobs, job, request, seq_len, q_begin, q_len, ragged, heads_per_kv, rows_per_job, block_n, causal):
+        """Write the jobs of a request from row `job` on, as far as the table reaches; return the row after them."""
+        num_jobs = _jobs_of(q_len, heads_per_kv, rows_per_job)
+        for i in range(min(num_jobs, jobs.shape[0] - job)):
+            row_end = min((i + 1) * rows_per_job, q_len * heads_per_kv)
+            tokens = visible_tokens(seq_len, q_len, (row_end - 1) // heads_per_kv, causal)
+            jobs[job + i, JOB_REQUEST] = request
+            jobs[job + i, JOB_Q_BATCH] = 0 if ragged else request
+            jobs[job + i, JOB_Q_BEGIN] = q_begin
+            jobs[job + i, JOB_Q_LEN] = q_len
+            jobs[job + i, JOB_ROW_BEGIN] = i * rows_per_job
+            jobs[job + i, JOB_SEQ_LEN] = max(seq_len, 0)
+            jobs[job + i, JOB_NUM_BLOCKS] = (tokens + block_n - 1) // block_n
+            jobs[job + i, JOB_COLUMNS - 1] = 0
+        return job + num_jobs
+
+    @jit
+    def _last_fitting(axis, job, num_jobs, position):
+        """The last `e` in [job, num_jobs] with axis[e] <= position, given axis[job] <= position. Galloping: near ones are found fast."""
+        step = 1
+        while job + step <= num_jobs and axis[job + step] <= position:
+            job += step
+            step *= 2
+        while step > 0:
+            if job + step <= num_jobs and axis[job + step] <= position:
+                job += step
+            step //= 2
+        return job
+
+    @jit
+    def _cut_in_job(begin, room, num_blocks, min_split_blocks, split_blocks):
+        """Where a worker stops that is at block `begin` of a job and has room for `room` more blocks."""
+        if split_blocks > 0:
+            return min((2 * (begin + room) + split_blocks) // (2 * split_blocks) * split_blocks, num_blocks)
+        if room < min_split_blocks:
+            return begin
+        if num_blocks - (begin + room) < min_split_blocks:
+            return num_blocks
+        return begin + room
+
+    @jit
+    def _place_workers(workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+        """BEGIN_JOB, BEGIN_BLOCK and BEGIN_SPLIT of every worker."""
+        num_workers = workers.shape[0]
+        average = (axis[num_jobs] + num_workers - 1) // num_workers
+        least = max(average, min_split_blocks) + overhead_blocks
+        job, block, split = 0, 0, 0
+        for worker in range(num_workers):
+            workers[worker, BEGIN_JOB] = job
+            workers[worker, BEGIN_BLOCK] = block
+            workers[worker, BEGIN_SPLIT] = split
+            if job == num_jobs:
+                continue
+            position = axis[job] + block
+            left = num_workers - worker
+            share = max(least, (axis[num_jobs] - position + left - 1) // left + overhead_blocks)
+            if left == 1:
+                share = axis[num_jobs] - position
+            end = _last_fitting(axis, job, num_jobs, position + share)
+            begin_block = block if end == job else 0
+            room = position + share - axis[end] - begin_block - overhead_blocks
+            if end == num_jobs or (end > job and room <= 0):
+                job, block, split = end, 0, 0
+                continue
+            num_blocks = jobs[end, JOB_NUM_BLOCKS]
+            stop = _cut_in_job(begin_block, max(room, 0), num_blocks, min_split_blocks, split_blocks)
+            if end == job and stop <= begin_block:
+                stop = min(begin_block + max(split_blocks, min_split_blocks), num_blocks)
+            if stop >= num_blocks:
+                job, block, split = end + 1, 0, 0
+            elif split_blocks > 0:
+                job, block, split = end, stop, stop // split_blocks
+            else:
+                split = split + 1 if end == job else int(stop > 0)
+                job, block = end, stop
+
+    @jit
+    def _extra_splits(workers, job, num_blocks, split_blocks):
+        """Pieces of a job beyond the first: the split at which the last worker that begins inside it does."""
+        if split_blocks > 0:
+            return max((num_blocks + split_blocks - 1) // split_blocks - 1, 0)
+        low, high = 0, workers.shape[0] - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if workers[middle, BEGIN_JOB] <= job:
+                low = middle
+            else:
+                high = middle - 1
+        return workers[low, BEGIN_SPLIT] if workers[low, BEGIN_JOB] == job else 0
+
+    @jit
+    def _end_worker(workers, worker, jobs, num_jobs, num_splits):
+        """The columns of a worker that follow from where it and the next one begin. Reads only BEGIN_* of other rows."""
+        begin_job = workers[worker, BEGIN_JOB]
+        end_job, end_block = num_jobs, 0
+        if worker + 1 < workers.shape[0]:
+            end_job, end_block = workers[worker + 1, BEGIN_JOB], workers[worker + 1, BEGIN_BLOCK]
+        if end_block == 0:
+            end_job -= 1
+            end_block = jobs[end_job, JOB_NUM_BLOCKS] if end_job >= begin_job else 0
+        idle = begin_job == num_jobs
+        workers[worker, END_JOB] = end_job
+        workers[worker, END_BLOCK] = end_block
+        workers[worker, FIRST_IS_SPLIT] = not idle and num_splits[begin_job + 1] - num_splits[begin_job] > 1
+        workers[worker, LAST_IS_SPLIT] = not idle and num_splits[end_job + 1] - num_splits[end_job] > 1
+        workers[worker, WORKER_COLUMNS - 1] = 0
+
+    @jit
+    def _scan(thread, num_threads, sums, value):
+        """Exclusive prefix sum over the threads: (sum of `value` in the threads before this one, sum in all)."""
+        sums[thread] = value
+        sync()
+        before = 0
+        total = 0
+        for t in range(num_threads):
+            if t < thread:
+                before += sums[t]
+            total += sums[t]
+        sync()
+        return before, total
+
+    @jit
+    def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
+              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, totals):
+        """Fill the schedule.
+
+        Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
+        scratch that all of them see (shared memory on the device), `axis` (max_jobs + 1,) scratch in the plan. `seq_len_q` is 0
+        for ragged queries; `cu_seqlens_q` is read only then.
+        """
+        batch = seq_lens.shape[0]
+        max_jobs = jobs.shape[0]
+        num_workers = workers.shape[0]
+
+        chunk = (batch + num_threads - 1) // num_threads
+        begin, end = min(thread * chunk, batch), min((thread + 1) * chunk, batch)
+        count = 0
+        for request in range(begin, end):
+            q_begin, q_len = _q_range(request, cu_seqlens_q, seq_len_q, total_q)
+            count += _jobs_of(q_len, heads_per_kv, rows_per_job)
+        job, num_jobs = _scan(thread, num_threads, sums, count)
+        # Only offsets that overlap, which check_values=True refuses, make more jobs than the table holds.
+        num_jobs = min(num_jobs, max_jobs)
+        for request in range(begin, end):
+            q_begin, q_len = _q_range(request, cu_seqlens_q, seq_len_q, total_q)
+            job = _fill_jobs(jobs, job, request, seq_lens[request], q_begin, q_len, seq_len_q == 0, heads_per_kv, rows_per_job,
+                             block_n, causal)
+        sync()  # every job is in the table
+
+        chunk = (num_jobs + num_threads - 1) // num_threads
+        begin, end = min(thread * chunk, num_jobs), min((thread + 1) * chunk, num_jobs)
+        cost = 0
+        for job in range(begin, end):
+            cost += overhead_blocks + jobs[job, JOB_NUM_BLOCKS]
+        position, total_cost = _scan(thread, num_threads, sums, cost)
+        for job in range(begin, end):
+            axis[job] = position
+            position += overhead_blocks + jobs[job, JOB_NUM_BLOCKS]
+        if thread == 0:
+            axis[num_jobs] = total_cost
+        sync()  # the axis is whole
+
+        if thread == 0:
+            _place_workers(workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+        sync()  # every worker has its beginning
+
+        extra = 0
+        for job in range(begin, end):
+            extra += _extra_splits(workers, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+        extra, total_extra = _scan(thread, num_threads, sums, extra)
+        for job in range(begin, end):
+            num_splits[job] = job + extra
+            extra += _extra_splits(workers, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+        if thread == 0:
+            totals[TOTAL_JOBS] = num_jobs
+            totals[TOTAL_EXTRA_SPLITS] = total_extra
+        # Rows that a ragged batch left unused: jobs of no rows in no pieces.
+        for job in range(num_jobs + thread, max_jobs + 1, num_threads):
+            num_splits[job] = num_jobs + total_extra
+            if job < max_jobs:
+                for column in range(JOB_COLUMNS):
+                    jobs[job, column] = 0
+        sync()  # num_splits is whole
+
+        for worker in range(thread, num_workers, num_threads):
+            _end_worker(workers, worker, jobs, num_jobs, num_splits)
+
+    return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

@@ -1,0 +1,211 @@
+"""The tile scheduler's invariants (mla_numba/scheduler.py), on plain Python ints."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div
+from mla_numba.host.schedule import make_device_schedule, make_host_schedule
+from mla_numba.scheduler import (
+    BEGIN_BLOCK,
+    BEGIN_JOB,
+    BEGIN_SPLIT,
+    END_BLOCK,
+    END_JOB,
+    FIRST_IS_SPLIT,
+    JOB_NUM_BLOCKS,
+    JOB_Q_BEGIN,
+    JOB_Q_LEN,
+    JOB_REQUEST,
+    JOB_ROW_BEGIN,
+    LAST_IS_SPLIT,
+    TOTAL_EXTRA_SPLITS,
+    TOTAL_JOBS,
+    make_scheduler,
+)
+
+pytestmark = pytest.mark.l0
+_scheduler = make_scheduler(lambda function: function, lambda: None)
+
+
+def _shape(batch, *, seq_len_q=1, total_q=None, heads=128, causal=True, batch_invariant=False):
+    return DecodeShape(batch, seq_len_q, batch * seq_len_q if total_q is None else total_q, heads, 1, 576, 512, 64, "bfloat16", causal,
+                       batch_invariant)
+
+
+def _int32(values):
+    return np.asarray(values, np.int32)
+
+
+def _pieces(schedule):
+    """{job: [(begin_block, end_block, split, worker)]} as a kernel walks them; jobs in the order met."""
+    found = {}
+    for worker, row in enumerate(schedule.workers):
+        split = row[BEGIN_SPLIT]
+        for job in range(row[BEGIN_JOB], row[END_JOB] + 1):
+            block = row[BEGIN_BLOCK] if job == row[BEGIN_JOB] else 0
+            end = row[END_BLOCK] if job == row[END_JOB] else schedule.jobs[job, JOB_NUM_BLOCKS]
+            while True:
+                stop = _scheduler.piece_end(block, end, schedule.config.split_blocks)
+                found.setdefault(job, []).append((int(block), int(stop), int(split), worker))
+                split, block = split + 1, stop
+                if block >= end:
+                    break
+            split = 0
+    return found
+
+
+def _check(schedule, shape):
+    config, num_jobs = schedule.config, int(schedule.totals[TOTAL_JOBS])
+    pieces = _pieces(schedule)
+    assert sorted(pieces) == list(range(num_jobs))
+    slots = set()
+    for job, walked in pieces.items():
+        num_blocks = schedule.jobs[job, JOB_NUM_BLOCKS]
+        assert [piece[2] for piece in walked] == list(range(schedule.num_splits[job + 1] - schedule.num_splits[job]))
+        assert walked[0][0] == 0 and walked[-1][1] == num_blocks
+        assert all(before[1] == after[0] for before, after in zip(walked, walked[1:], strict=False))
+        assert num_blocks == 0 or all(begin < end for begin, end, _, _ in walked)
+        if len(walked) > 1:
+            if config.split_blocks:
+                assert all(begin % config.split_blocks == 0 for begin, _, _, _ in walked)
+                assert all(end - begin == config.split_blocks for begin, end, _, _ in walked[:-1])
+            else:
+                assert min(end - begin for begin, end, _, _ in walked) >= config.min_split_blocks
+            for _, _, split, _ in walked:
+                slot = _scheduler.slot_of(schedule.num_splits, job, split)
+                assert 0 <= slot < schedule.num_slots and slot not in slots
+                slots.add(slot)
+    if not config.split_blocks:
+        assert schedule.totals[TOTAL_EXTRA_SPLITS] < config.num_workers
+    assert schedule.num_splits[num_jobs] == num_jobs + schedule.totals[TOTAL_EXTRA_SPLITS]
+    assert (schedule.num_splits[num_jobs:] == schedule.num_splits[num_jobs]).all()
+    for row in schedule.workers:
+        if row[BEGIN_JOB] < num_jobs:
+            assert bool(row[FIRST_IS_SPLIT]) == (len(pieces[row[BEGIN_JOB]]) > 1)
+            assert bool(row[LAST_IS_SPLIT]) == (len(pieces[row[END_JOB]]) > 1)
+        else:
+            assert row[END_JOB] < row[BEGIN_JOB]
+    # Every packed query row of every request is in exactly one job.
+    rows = {}
+    for job in schedule.jobs[:num_jobs]:
+        q_len = job[JOB_Q_LEN]
+        end = min(job[JOB_ROW_BEGIN] + config.rows_per_job, q_len * shape.heads_per_kv)
+        rows.setdefault((job[JOB_REQUEST], job[JOB_Q_BEGIN], q_len), []).append((job[JOB_ROW_BEGIN], end))
+    for (_, _, q_len), ranges in rows.items():
+        assert ranges[0][0] == 0 and ranges[-1][1] == q_len * shape.heads_per_kv
+        assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+
+
+@st.composite
+def _problems(draw):
+    batch = draw(st.integers(1, 12), label="batch")
+    lens = draw(st.lists(st.one_of(st.sampled_from([-3, 0, 0, 1, 63, 64, 65, 128, 4096]), st.integers(0, 5000)), min_size=batch,
+                         max_size=batch), label="seq_lens")
+    heads = draw(st.sampled_from([1, 3, 16, 128]), label="heads")
+    causal = draw(st.booleans(), label="causal")
+    q_lens = draw(st.one_of(st.sampled_from([1, 2, 5]), st.lists(st.integers(0, 4), min_size=batch, max_size=batch)), label="q_lens")
+    choices = dict(rows_per_job=[16, 64, 128], block_n=[32, 64], num_workers=[1, 2, 7, 66, 132], overhead_blocks=[1, 5],
+                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16])
+    config = ScheduleConfig(**{name: draw(st.sampled_from(values), label=name) for name, values in choices.items()})
+    if isinstance(q_lens, list):
+        cu_seqlens_q = _int32(np.cumsum([0, *q_lens]))
+        return config, _shape(batch, seq_len_q=0, total_q=sum(q_lens), heads=heads, causal=causal), _int32(lens), cu_seqlens_q
+    return config, _shape(batch, seq_len_q=q_lens, heads=heads, causal=causal), _int32(lens), None
+
+
+@given(_problems())
+def test_pieces_tile_every_job_and_fit_the_workspace(problem):
+    config, shape, lens, cu_seqlens_q = problem
+    _check(make_host_schedule(config, shape, lens, cu_seqlens_q), shape)
+
+
+@given(_problems())
+def test_workers_finish_together(problem):
+    """No worker's blocks exceed the average by more than the restarts and the minimum piece allow."""
+    config, shape, lens, cu_seqlens_q = problem
+    schedule = make_host_schedule(config, shape, lens, cu_seqlens_q)
+    num_jobs = int(schedule.totals[TOTAL_JOBS])
+    total = int(schedule.jobs[:num_jobs, JOB_NUM_BLOCKS].sum()) + num_jobs * config.overhead_blocks
+    load = np.zeros(config.num_workers, int)
+    for walked in _pieces(schedule).values():
+        for begin, end, _, worker in walked:
+            load[worker] += end - begin
+    # What every worker may leave undone for the later ones to share, and may take beyond its share.
+    waste = config.overhead_blocks + max(config.min_split_blocks, config.split_blocks)
+    later_share = waste * sum(1 / left for left in range(1, config.num_workers + 1))
+    assert load.max() <= ceil_div(total, config.num_workers) + 2 * waste + later_share
+
+
+@given(_problems(), st.integers(0, 11))
+def test_batch_invariant_pieces_do_not_depend_on_the_batch(problem, pick):
+    config, shape, lens, cu_seqlens_q = problem
+    if cu_seqlens_q is not None or not config.split_blocks:
+        return
+    pick %= shape.batch
+    one = make_host_schedule(config, _shape(1, seq_len_q=shape.seq_len_q, heads=shape.num_heads_q, causal=shape.causal),
+                             lens[pick:pick + 1], None)
+    whole = make_host_schedule(config, shape, lens, None)
+    jobs_per_request = len(one.jobs)
+    alone = [[piece[:3] for piece in walked] for walked in _pieces(one).values()]
+    together = [[piece[:3] for piece in _pieces(whole)[pick * jobs_per_request + i]] for i in range(jobs_per_request)]
+    assert alone == together
+
+
+# (workers, lengths) -> pieces; FlashMLA's own answers stand in ../shared/research/features.md section 1.7.
+_KNOWN = [
+    pytest.param(132, [4096], 16, id="1x4096-not-64-pieces-of-one-block"),
+    pytest.param(132, [131072], 128, id="1x131072"),
+    pytest.param(132, [4096] * 128, 128, id="128x4096-not-split"),
+    pytest.param(66, [4096] * 128, 128, id="128x4096-two-requests-a-worker"),
+    pytest.param(132, [64] * 20000, 20000, id="20000-requests"),
+    pytest.param(132, [0] * 7, 7, id="all-empty"),
+]
+
+
+@pytest.mark.parametrize(("num_workers", "lens", "num_pieces"), _KNOWN)
+def test_known_batches(num_workers, lens, num_pieces):
+    shape = _shape(len(lens))
+    schedule = make_host_schedule(ScheduleConfig(128, 64, num_workers, 5, 4), shape, _int32(lens), None)
+    assert schedule.num_splits[-1] == num_pieces
+    _check(schedule, shape)
+
+
+def test_causal_mask_shortens_the_first_queries():
+    """With 128 queries of one head and 64 rows a job, the first job sees 64 tokens fewer than the second."""
+    schedule = make_host_schedule(ScheduleConfig(64, 64, 4, 5, 4), _shape(1, seq_len_q=128, heads=1), _int32([640]), None)
+    assert schedule.jobs[:, JOB_NUM_BLOCKS].tolist() == [9, 10]
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 0, 9, 0], [5, -7, 2**31 - 1, 3, -1], [9, 9, 9, 9, 9]])
+def test_offsets_that_no_batch_has_stay_inside_the_tables(offsets):
+    shape = _shape(4, seq_len_q=0, total_q=9, heads=1)
+    schedule = make_host_schedule(ScheduleConfig(1, 64, 3, 5, 4), shape, _int32([100] * 4), _int32(offsets))
+    used = schedule.jobs[: int(schedule.totals[TOTAL_JOBS])]
+    assert ((used[:, JOB_Q_BEGIN] >= 0) & (used[:, JOB_Q_BEGIN] + used[:, JOB_Q_LEN] <= 9)).all()
+
+
+def test_lengths_near_2_31_do_not_overflow():
+    schedule = make_host_schedule(ScheduleConfig(128, 64, 132, 5, 4), _shape(1), _int32([2**31 - 1]), None)
+    assert schedule.jobs[0, JOB_NUM_BLOCKS] == 2**25
+
+
+@pytest.mark.parametrize("field", ["rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks"])
+def test_config_rules(field):
+    values = dict(rows_per_job=64, block_n=64, num_workers=1, overhead_blocks=1, min_split_blocks=1)
+    with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
+        ScheduleConfig(**{**values, field: 0})
+    with pytest.raises(ValueError, match="split_blocks=-1"):
+        ScheduleConfig(**values, split_blocks=-1)
+
+
+@pytest.mark.sim
+@given(_problems())
+def test_device_builds_the_same_tables(problem):
+    """In the simulator 8 threads build what one does on the host."""
+    config, shape, lens, cu_seqlens_q = problem
+    host = make_host_schedule(config, shape, lens, cu_seqlens_q)
+    device = make_device_schedule(config, shape, lens, cu_seqlens_q, 0)
+    for name in ("jobs", "workers", "num_splits", "totals"):
+        np.testing.assert_array_equal(getattr(device, name).copy_to_host(), getattr(host, name), err_msg=name)
