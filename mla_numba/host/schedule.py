@@ -54,11 +54,13 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: A
     from numba import cuda
 
     from ..kernels.schedule import NUM_THREADS, build_schedule
+    from .launch import configured
 
     tables = {name: cuda.device_array(size, np.int32, stream=stream) for name, size in _table_shapes(config, shape).items()}
     cu_seqlens = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    build_schedule[1, NUM_THREADS, stream](seq_lens, cu_seqlens, *_build_arguments(config, shape), tables["jobs"], tables["axis"],
-                                          tables["num_splits"], tables["workers"], tables["totals"])
+    configured(build_schedule, 1, NUM_THREADS, stream)(
+        seq_lens, cu_seqlens, *_build_arguments(config, shape), tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"],
+        tables["totals"])
     extra_splits = config.num_workers - 1
     if config.split_blocks > 0:
         extra_splits = int(tables["totals"].copy_to_host(stream=stream)[TOTAL_EXTRA_SPLITS])

@@ -1,0 +1,371 @@
+"""The public calls: validate, plan, allocate, launch. The only place where all parts meet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import validate
+from .arrays import ArrayView, empty_like_kind, on_device, stream_handle, to_host, view
+from .config import DecodeShape
+from .contract import DTYPES, HEAD_DIM_QK, HEAD_DIM_V
+from .dispatch import backend_module, choose_backend
+from .errors import StalePlanError
+from .host.schedule import Schedule, make_host_schedule
+from .scheduler import JOB_REQUEST, JOB_SEQ_LEN
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is cut over the workers; made by `plan_decode`, good for every layer of a step.
+
+    Attributes
+    ----------
+    backend : str
+        The backend that it is for.
+    shape : DecodeShape
+        The shape of the calls that it serves.
+    device : int or None
+        CUDA ordinal; None for host memory.
+    schedule : Schedule
+        The tables (see `mla_numba.scheduler`).
+    """
+
+    backend: str
+    shape: DecodeShape
+    device: int | None
+    schedule: Schedule = field(repr=False)
+
+
+def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_heads_kv: int = 1, page_size: int = 64,
+                head_dim_qk: int = HEAD_DIM_QK, head_dim_v: int = HEAD_DIM_V, dtype: str = "bfloat16", causal: bool = True,
+                cu_seqlens_q: Any = None, total_q: int | None = None, batch_invariant: bool = False, backend: str = "auto",
+                num_workers: int | None = None, stream: Any = None) -> Plan:
+    """Cut a batch over the workers of a backend, once for all layers of a decoding step.
+
+    Parameters
+    ----------
+    seq_lens : array, (batch,) int32
+        Tokens of each request, in host or device memory; on a device it is read by a kernel on `stream`, not by the host.
+    num_heads_q, seq_len_q, num_heads_kv, page_size, head_dim_qk, head_dim_v : int
+        As the shapes of `mla_decode`'s arguments. `seq_len_q` is ignored with `cu_seqlens_q`.
+    dtype : {"bfloat16", "float16", "float32"}
+        Of q and the cache.
+    causal, batch_invariant, backend, stream
+        As in `mla_decode`.
+    cu_seqlens_q : array, (batch + 1,) int32, optional
+        For ragged queries.
+    total_q : int, optional
+        Rows of the ragged q. Without it the last entry of `cu_seqlens_q` is read, which on a device waits for it.
+    num_workers : int, optional
+        Workers to cut for, instead of what fills the machine. The result differs by rounding only.
+
+    Returns
+    -------
+    Plan
+        For `mla_decode(..., plan=plan)` with the same shapes and lengths.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument breaks a rule; the message names it.
+    """
+    lens = view(seq_lens, "seq_lens")
+    validate.require_ndim(lens, 1, "(batch,)")
+    validate.require_dtype(lens, ("int32",))
+    validate.require_whole_elements(lens)
+    batch = lens.shape[0]
+    num_heads_q = validate.require_count(num_heads_q, "num_heads_q")
+    num_heads_kv = validate.require_count(num_heads_kv, "num_heads_kv")
+    validate.require_heads(num_heads_q, num_heads_kv)
+    head_dim_qk = validate.require_count(head_dim_qk, "head_dim_qk")
+    head_dim_v = validate.require_count(head_dim_v, "head_dim_v")
+    validate.require_head_dims(head_dim_qk, head_dim_v)
+    cu_seqlens = None
+    if cu_seqlens_q is None:
+        seq_len_q = validate.require_count(seq_len_q, "seq_len_q")
+        total_q = batch * seq_len_q
+    else:
+        cu_seqlens = view(cu_seqlens_q, "cu_seqlens_q")
+        validate.require_cu_seqlens_shape(cu_seqlens, batch)
+        validate.require_same_place([lens, cu_seqlens])
+        seq_len_q = 0
+        total_q = validate.require_count(int(to_host(cu_seqlens)[-1]) if total_q is None else total_q, "total_q", least=0)
+    shape = DecodeShape(batch, seq_len_q, total_q, num_heads_q, num_heads_kv, head_dim_qk, head_dim_v,
+                        validate.require_count(page_size, "page_size"), validate.require_choice(dtype, "dtype", DTYPES),
+                        validate.require_flag(causal, "causal"), validate.require_flag(batch_invariant, "batch_invariant"))
+    if num_workers is not None:
+        num_workers = validate.require_count(num_workers, "num_workers")
+    name = choose_backend(backend, shape, lens.device)
+    with on_device(lens.device):
+        return make_plan(name, shape, lens, cu_seqlens, stream_handle(stream, lens), num_workers=num_workers)
+
+
+def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_dim_v: int = HEAD_DIM_V,
+               softmax_scale: float | None = None, causal: bool = True, cu_seqlens_q: Any = None, plan: Plan | None = None,
+               out: Any = None, lse: Any = None, backend: str = "auto", batch_invariant: bool = False, empty_lse: str = "+inf",
+               check_values: bool = False, stream: Any = None) -> tuple[Any, Any]:
+    """Attention of a few new query tokens per request over its paged latent KV cache.
+
+    Parameters
+    ----------
+    q : array, (batch, seq_len_q, num_heads_q, head_dim_qk), or (total_q, num_heads_q, head_dim_qk) with `cu_seqlens_q`
+        bfloat16, float16 or float32; last axis contiguous.
+    kv_cache : array, (num_pages, page_size, num_heads_kv, head_dim_qk), dtype of q
+        K; its first `head_dim_v` columns are V. Last axis contiguous, other strides free.
+    block_table : array, (batch, max_pages) int32
+        The page that holds each `page_size` tokens of a request.
+    seq_lens : array, (batch,) int32
+        Tokens of each request, the new ones included.
+    head_dim_v : int
+        Columns of K that are V.
+    softmax_scale : float, optional
+        Factor on q·k; default head_dim_qk ** -0.5.
+    causal : bool
+        Query token s of a request of length L sees the tokens before L - (seq_len_q - 1 - s); otherwise every query sees all L.
+    cu_seqlens_q : array, (batch + 1,) int32, optional
+        Ragged queries: request i has the rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q.
+    plan : Plan, optional
+        From `plan_decode` with the same shapes and lengths; without it the call plans for itself.
+    out, lse : array, optional
+        Where to write the results.
+    backend : {"auto", "hopper", "simt", "cpu"}
+        "auto" takes the first that can; a name is used or refused.
+    batch_invariant : bool
+        A request's result is bitwise the same alone and in any batch.
+    empty_lse : {"+inf", "-inf"}
+        lse of a query row that sees no token; its out is exactly 0.
+    check_values : bool
+        Also check lengths, page ids, offsets and the plan's lengths. On a device this waits for the values.
+    stream : int or stream object, optional
+        Default: the current stream of the arrays' library.
+
+    Returns
+    -------
+    out : array, (batch, seq_len_q, num_heads_q, head_dim_v), or (total_q, num_heads_q, head_dim_v)
+        dtype, library and place of q.
+    lse : array, (batch, num_heads_q, seq_len_q), or (num_heads_q, total_q)
+        float32, natural logarithm of the sum of exp(softmax_scale * q·k) over the tokens seen.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument breaks a rule of docs/contract.md; the message names it, what it got and what it needs. Subclasses in
+        `mla_numba.errors`: `BackendUnavailable`, `StalePlanError`.
+
+    Notes
+    -----
+    The contract follows FlashMLA 9241ae3 (`flash_mla_with_kvcache`), widened to any page size, ragged queries and any head count.
+    """
+    inputs = [view(q, "q"), view(kv_cache, "kv_cache"), view(block_table, "block_table"), view(seq_lens, "seq_lens")]
+    q_view, kv_view, table_view, lens_view = inputs
+    cu_view = None
+    if cu_seqlens_q is not None:
+        cu_view = view(cu_seqlens_q, "cu_seqlens_q")
+        inputs.append(cu_view)
+    shape = validate.decode_shape(q_view, kv_view, table_view, lens_view, cu_view, validate.require_count(head_dim_v, "head_dim_v"),
+                                  validate.require_flag(causal, "causal"), validate.require_flag(batch_invariant, "batch_invariant"))
+    scale = validate.softmax_scale_or_default(softmax_scale, shape.head_dim_qk)
+    empty = validate.require_empty_lse(empty_lse)
+    check_values = validate.require_flag(check_values, "check_values")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan from plan_decode, got {type(plan).__name__}")
+    name = choose_backend(backend if plan is None or backend != "auto" else plan.backend, shape, q_view.device)
+    if plan is not None:
+        _require_fitting(plan, name, shape, q_view)
+    if check_values:
+        _check_values(plan, shape, kv_view, table_view, lens_view, cu_view)
+
+    tokens = "total_q" if shape.ragged else "seq_len_q"
+    batch = "" if shape.ragged else "batch, "
+    out_view = _result(out, "out", q_view, (*q_view.shape[:-1], shape.head_dim_v), shape.dtype,
+                       f"({batch}{tokens}, num_heads_q, head_dim_v)", inputs)
+    validate.require_last_axis_contiguous(out_view)
+    lse_view = _result(lse, "lse", q_view, _lse_shape(q_view), "float32", f"({batch}num_heads_q, {tokens})", [*inputs, out_view])
+    if shape.total_q == 0:
+        return _owner(out_view), _owner(lse_view)
+
+    with on_device(q_view.device):
+        stream_int = stream_handle(stream, q_view)
+        if plan is None:
+            plan = make_plan(name, shape, lens_view, cu_view, stream_int)
+        if shape.ragged:
+            q_view, unified_out, unified_lse = q_view.with_leading_axis(), out_view.with_leading_axis(), lse_view.with_leading_axis()
+        else:
+            unified_out, unified_lse = out_view, lse_view
+        module = backend_module(name)
+        memory = _Memory(name, stream_int)
+        arguments = [memory.read(array) for array in (q_view, kv_view, table_view)]
+        results = [memory.write(array) for array in (unified_out, unified_lse)]
+        module.decode(shape, plan.schedule, *arguments, *results, scale, empty, stream_int)
+        memory.finish()
+    return _owner(out_view), _owner(lse_view)
+
+
+def merge_states(states: Sequence[tuple[Any, Any]], *, empty_lse: str = "+inf", backend: str = "auto",
+                 stream: Any = None) -> tuple[Any, Any]:
+    """Merge attention over disjoint sets of tokens into attention over all of them.
+
+    Parameters
+    ----------
+    states : sequence of (out, lse)
+        Results of `mla_decode` for the same queries over different tokens. An lse of +inf or -inf says that the row saw nothing.
+    empty_lse : {"+inf", "-inf"}
+        lse of a row that saw nothing in any state.
+    backend, stream
+        As in `mla_decode`.
+
+    Returns
+    -------
+    out, lse : array
+        As `mla_decode` returns.
+
+    Raises
+    ------
+    ValueError, TypeError
+        `states` is empty, or an array breaks a rule; the message names it.
+    """
+    pairs = list(states)
+    if not pairs:
+        raise ValueError("states is empty, but must hold at least one (out, lse)")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"states[{i}] must be a pair (out, lse), got {type(pair).__name__}")
+    empty = validate.require_empty_lse(empty_lse)
+    outs = [view(pair[0], f"states[{i}][0]") for i, pair in enumerate(pairs)]
+    lses = [view(pair[1], f"states[{i}][1]") for i, pair in enumerate(pairs)]
+    first = outs[0]
+    validate.require_dtype(first, DTYPES)
+    if first.ndim not in (3, 4):
+        raise ValueError(f"{first.name} has shape {first.shape}, but needs 4 dimensions, (batch, seq_len_q, num_heads_q, head_dim_v), "
+                         "or 3, (total_q, num_heads_q, head_dim_v)")
+    lse_shape = _lse_shape(first)
+    validate.require_same_place([*outs, *lses])
+    for out_view, lse_view in zip(outs, lses, strict=True):
+        validate.require_dtype(out_view, (first.dtype,), f", as {first.name}")
+        validate.require_shape(out_view, first.shape, f"as {first.name}")
+        validate.require_last_axis_contiguous(out_view)
+        validate.require_dtype(lse_view, ("float32",))
+        validate.require_shape(lse_view, lse_shape, f"as the lse of {first.name}")
+        validate.require_whole_elements(out_view)
+        validate.require_whole_elements(lse_view)
+    name = choose_backend(backend, None, first.device)
+    out_view = view(empty_like_kind(first, first.shape, first.dtype), "out")
+    lse_view = view(empty_like_kind(first, lse_shape, "float32"), "lse")
+    if out_view.size == 0:
+        return _owner(out_view), _owner(lse_view)
+    with on_device(first.device):
+        stream_int = stream_handle(stream, first)
+        memory = _Memory(name, stream_int)
+
+        def unify(array: ArrayView) -> ArrayView:
+            return array if first.ndim == 4 else array.with_leading_axis()
+
+        arguments = [[memory.read(unify(array)) for array in group] for group in (outs, lses)]
+        results = [memory.write(unify(array)) for array in (out_view, lse_view)]
+        backend_module(name).merge_states(*arguments, *results, empty, stream_int)
+        memory.finish()
+    return _owner(out_view), _owner(lse_view)
+
+
+class _Memory:
+    """Brings arrays to where a backend reads them: as they are, or host arrays to the GPU and results back."""
+
+    def __init__(self, backend: str, stream: int):
+        self._on_host = backend == "cpu"
+        self._stream = stream
+        self._results: list[tuple[np.ndarray, Any]] = []
+        self._wait = False
+
+    def read(self, array: ArrayView) -> Any:
+        if self._on_host:
+            return array.storage()
+        if array.device is None:
+            from numba import cuda
+
+            return cuda.to_device(np.ascontiguousarray(array.storage()))
+        self._wait |= array.kind == "dlpack"
+        return array.device_storage()
+
+    def write(self, array: ArrayView) -> Any:
+        if self._on_host or array.device is not None:
+            return self.read(array)
+        from numba import cuda
+
+        host = array.storage()
+        device = cuda.device_array(host.shape, host.dtype)
+        self._results.append((host, device))
+        return device
+
+    def finish(self) -> None:
+        """Copy results back; wait where the caller's library cannot know of our stream."""
+        if self._results or self._wait:
+            from numba import cuda
+
+            # The copies below run on the default stream.
+            cuda.synchronize()
+        for host, device in self._results:
+            host[...] = device.copy_to_host()
+
+
+def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: int,
+              **overrides: int | None) -> Plan:
+    """A plan from arguments that have been validated; `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice."""
+    module: ModuleType = backend_module(name)
+    changes: dict[str, Any] = {field_name: value for field_name, value in overrides.items() if value is not None}
+    config = replace(module.schedule_config(shape), **changes)
+    memory = _Memory(name, stream)
+    lens = memory.read(seq_lens)
+    offsets = None if cu_seqlens_q is None else memory.read(cu_seqlens_q)
+    return Plan(name, shape, seq_lens.device, module.make_schedule(config, shape, lens, offsets, stream))
+
+
+def _require_fitting(plan: Plan, backend: str, shape: DecodeShape, q: ArrayView) -> None:
+    """A plan serves calls of its own backend, place and shape."""
+    pairs = [("backend", plan.backend, backend), ("device", plan.device, q.device)]
+    pairs += [(item.name, getattr(plan.shape, item.name), getattr(shape, item.name)) for item in fields(DecodeShape)]
+    for name, planned, got in pairs:
+        if planned != got:
+            raise StalePlanError(f"plan was made for {name}={planned!r}, but this call has {name}={got!r}: make a new one with plan_decode")
+
+
+def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, block_table: ArrayView, seq_lens: ArrayView,
+                  cu_seqlens_q: ArrayView | None) -> None:
+    lens, table = to_host(seq_lens), to_host(block_table)
+    offsets = None if cu_seqlens_q is None else to_host(cu_seqlens_q)
+    validate.require_seq_len_values(lens, table.shape[1] * shape.page_size)
+    validate.require_page_ids(table, lens, shape.page_size, kv_cache.shape[0])
+    if offsets is not None:
+        validate.require_cu_seqlens_values(offsets, shape.total_q)
+    if plan is None:
+        return
+    jobs = plan.schedule.jobs
+    planned = jobs.copy_to_host() if hasattr(jobs, "copy_to_host") else jobs
+    now = make_host_schedule(plan.schedule.config, shape, lens, offsets).jobs
+    stale = np.flatnonzero((planned != now).any(axis=1))
+    if len(stale):
+        was, is_now = planned[stale[0]], now[stale[0]]
+        raise StalePlanError(f"plan was made for other lengths: request {was[JOB_REQUEST]} had seq_len={was[JOB_SEQ_LEN]} where this call "
+                             f"has request {is_now[JOB_REQUEST]} with seq_len={is_now[JOB_SEQ_LEN]}: make a new one with plan_decode")
+
+
+def _result(given: Any, name: str, like: ArrayView, shape: tuple[int, ...], dtype: str, axes: str, others: list[ArrayView]) -> ArrayView:
+    """The array to write a result to: the caller's, if it keeps the rules, or a new one."""
+    if given is None:
+        return view(empty_like_kind(like, shape, dtype), name)
+    array = view(given, name)
+    validate.require_output(array, shape, dtype, axes)
+    validate.require_same_place([like, array])
+    validate.require_no_overlap(array, others)
+    return array
+
+
+def _lse_shape(q: ArrayView) -> tuple[int, ...]:
+    """Of q or out, (..., tokens, heads, dim): (..., heads, tokens)."""
+    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+
+
+def _owner(array: ArrayView) -> Any:
+    return array.owner[0] if array.kind == "dlpack" else array.owner

@@ -1,0 +1,233 @@
+"""Array interchange: what a caller's array is, described without copying, and results of the same kind.
+
+NumPy, CuPy, torch and Numba arrays are taken as they are; any other library through DLPack, and its own `empty` (array API) makes
+the results. torch and CuPy are imported only by a caller who passes their arrays.
+"""
+
+import contextlib
+import ctypes
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
+
+
+@dataclass(frozen=True)
+class ArrayView:
+    """An array of the caller: where its elements lie. `strides` are in bytes."""
+
+    name: str               # the argument it came as
+    kind: str               # "numpy", "cupy", "torch", "numba" or "dlpack"
+    dtype: str
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    pointer: int
+    device: int | None      # CUDA ordinal; None for host memory
+    writable: bool
+    owner: Any              # keeps the memory alive
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def place(self) -> str:
+        return "host memory" if self.device is None else f"cuda:{self.device}"
+
+    def with_leading_axis(self) -> "ArrayView":
+        extent = self.shape[0] * self.strides[0] if self.ndim else self.itemsize
+        return replace(self, shape=(1, *self.shape), strides=(extent, *self.strides))
+
+    def storage(self) -> np.ndarray:
+        """The same memory as a NumPy array of the type that kernels see (host memory only)."""
+        dtype = STORAGE_DTYPE[self.dtype]
+        if self.size == 0:
+            return np.empty(self.shape, dtype)
+        # The buffer spans from the lowest address touched to the highest; negative strides begin inside it.
+        low = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True) if stride < 0)
+        high = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True) if stride > 0)
+        buffer = (ctypes.c_char * (high - low + dtype.itemsize)).from_address(self.pointer + low)
+        return np.ndarray(self.shape, dtype, buffer, -low, self.strides)
+
+    def device_storage(self) -> Any:
+        """The same memory as a Numba device array of the type that kernels see (device memory only)."""
+        from numba import cuda
+
+        interface = {"shape": self.shape, "strides": self.strides, "typestr": STORAGE_DTYPE[self.dtype].str,
+                     "data": (self.pointer, not self.writable), "version": 3}
+        return cuda.from_cuda_array_interface(interface, owner=self.owner, sync=False)
+
+
+def view(array: Any, name: str) -> ArrayView:
+    """Describe `array`, the argument called `name`.
+
+    Raises
+    ------
+    TypeError
+        It is not an array that this library can read. (What its elements must be is a rule of `validate`.)
+    """
+    library = type(array).__module__.partition(".")[0]
+    if isinstance(array, np.ndarray):
+        return ArrayView(name, "numpy", str(array.dtype), array.itemsize, array.shape, array.strides, array.ctypes.data, None,
+                         array.flags.writeable, array)
+    if library == "torch":
+        return _view_torch(array, name)
+    if library == "cupy":
+        return ArrayView(name, "cupy", str(array.dtype), array.itemsize, array.shape, array.strides, array.data.ptr, array.device.id,
+                         True, array)
+    if library.startswith("numba"):
+        return _view_numba(array, name)
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        return _view_dlpack(array, name)
+    raise TypeError(f"{name} must be an array (NumPy, CuPy, torch, Numba device array, or anything with __dlpack__), "
+                    f"got {type(array).__name__}")
+
+
+def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
+    """A new array of the library and in the place of `like`; contents undefined."""
+    shape = tuple(shape)
+    if like.kind == "torch":
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.owner.device)
+    if like.kind == "cupy":
+        import cupy
+
+        with cupy.cuda.Device(like.device):
+            return cupy.empty(shape, NUMPY_DTYPE[dtype])
+    if like.kind == "numba":
+        from numba import cuda
+
+        return cuda.device_array(shape, STORAGE_DTYPE[dtype])
+    if like.kind == "dlpack":
+        array = like.owner[0]
+        result = array.__array_namespace__().empty(shape, dtype=NUMPY_DTYPE[dtype], device=array.device)
+        # Libraries that compute lazily, as JAX does, must have made the memory before a kernel writes to it.
+        getattr(result, "block_until_ready", lambda: None)()
+        return result
+    return np.empty(shape, NUMPY_DTYPE[dtype])
+
+
+def table_like_kind(table: Any, like: ArrayView) -> Any:
+    """An int32 table of a backend (NumPy or Numba device array) as an array of the library of `like`."""
+    if like.kind == "torch":
+        import torch
+
+        return torch.as_tensor(table, device=like.owner.device)
+    if like.kind == "cupy":
+        import cupy
+
+        return cupy.asarray(table)
+    if like.kind == "numba":
+        return table
+    return table.copy_to_host() if hasattr(table, "copy_to_host") else table
+
+
+def to_host(array_view: ArrayView) -> np.ndarray:
+    """The elements in host memory; from a device this copies, and waits for it."""
+    return array_view.storage() if array_view.device is None else array_view.device_storage().copy_to_host()
+
+
+def stream_handle(stream: Any, like: ArrayView) -> int:
+    """The CUDA stream to run on, as an integer: the one given, or the current one of the library of `like`. 0 is the default stream.
+
+    `stream` may be an integer, or a stream object of torch, CuPy, Numba or cuda.core.
+    """
+    if stream is None:
+        if like.kind == "torch" and like.device is not None:
+            import torch
+
+            return int(torch.cuda.current_stream(like.device).cuda_stream)
+        if like.kind == "cupy":
+            import cupy
+
+            return int(cupy.cuda.get_current_stream(like.device).ptr)
+        return 0
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return int((protocol() if callable(protocol) else protocol)[1])
+    for attribute in ("cuda_stream", "ptr", "handle"):
+        if hasattr(stream, attribute):
+            handle = getattr(stream, attribute)
+            return int(getattr(handle, "value", handle) or 0)
+    raise TypeError(f"stream must be an integer handle or a CUDA stream object, got {type(stream).__name__}")
+
+
+@contextlib.contextmanager
+def on_device(device: int | None) -> Iterator[None]:
+    """Make `device` Numba's current one for the block; nothing to do for host memory."""
+    if device is None:
+        yield
+        return
+    from numba import cuda
+
+    with cuda.gpus[device]:
+        yield
+
+
+def _view_torch(tensor: Any, name: str) -> ArrayView:
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{name} is on device {tensor.device}, but must be on the CPU or a CUDA device")
+    if tensor.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, but must be dense")
+    itemsize = tensor.element_size()
+    strides = tuple(stride * itemsize for stride in tensor.stride())
+    return ArrayView(name, "torch", str(tensor.dtype).removeprefix("torch."), itemsize, tuple(tensor.shape), strides, tensor.data_ptr(),
+                     tensor.device.index if tensor.is_cuda else None, True, tensor)
+
+
+def _view_numba(array: Any, name: str) -> ArrayView:
+    from numba import cuda
+
+    if not cuda.is_cuda_array(array):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    # Numba has no bfloat16: such arrays are uint16.
+    dtype = "bfloat16" if array.dtype == np.uint16 else str(array.dtype)
+    pointer = array.__cuda_array_interface__["data"][0]
+    return ArrayView(name, "numba", dtype, array.dtype.itemsize, array.shape, array.strides, pointer,
+                     cuda.current_context().device.id, True, array)
+
+
+class _DLTensor(ctypes.Structure):
+    """DLPack's header of an array (dlpack.h, DLTensor)."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int), ("device_id", ctypes.c_int), ("ndim", ctypes.c_int),
+                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+                ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64)]
+
+
+# dlpack.h: (DLDataTypeCode, bits, lanes); DLDeviceType.
+_DLPACK_DTYPE = {(4, 16, 1): "bfloat16", (2, 16, 1): "float16", (2, 32, 1): "float32", (0, 32, 1): "int32"}
+_DLPACK_CPU, _DLPACK_CUDA = 1, 2
+
+
+def _view_dlpack(array: Any, name: str) -> ArrayView:
+    device_type, device_id = array.__dlpack_device__()
+    if device_type not in (_DLPACK_CPU, _DLPACK_CUDA):
+        raise TypeError(f"{name} is on DLPack device type {int(device_type)}, but must be on the CPU (1) or a CUDA device (2)")
+    # The producer must order its work before what the default stream does next: 1 is that stream in DLPack's terms.
+    capsule = array.__dlpack__(stream=1) if device_type == _DLPACK_CUDA else array.__dlpack__()
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    tensor = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))
+    dtype = _DLPACK_DTYPE.get((tensor.code, tensor.bits, tensor.lanes), f"DLPack type ({tensor.code}, {tensor.bits}, {tensor.lanes})")
+    itemsize = tensor.bits * tensor.lanes // 8
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    # No strides means C order.
+    steps = [tensor.strides[i] if tensor.strides else math.prod(shape[i + 1:]) for i in range(tensor.ndim)]
+    strides = tuple(step * itemsize for step in steps)
+    # Nobody takes the capsule over, so holding it holds the array.
+    return ArrayView(name, "dlpack", dtype, itemsize, shape, strides, (tensor.data or 0) + tensor.byte_offset,
+                     int(device_id) if device_type == _DLPACK_CUDA else None, True, (array, capsule))

@@ -1,0 +1,124 @@
+"""Array interchange in host memory: what goes in comes out, of the same library, without copies of the cache."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mla_numba import merge_states, mla_decode, plan_decode
+
+pytestmark = pytest.mark.l0
+
+
+def _inputs(dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(q=rng.standard_normal((2, 2, 4, 24)).astype(dtype), kv_cache=rng.standard_normal((6, 8, 1, 24)).astype(dtype),
+                block_table=np.array([[5, 1, 2], [3, 4, 0]], np.int32), seq_lens=np.array([20, 9], np.int32))
+
+
+_OPTIONS = dict(head_dim_v=16, backend="cpu")
+
+
+def _bits(array):
+    return np.asarray(array).view(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=lambda dtype: np.dtype(dtype).name)
+def test_strided_inputs_and_given_outputs(dtype):
+    """Any strides but the last axis's, negative ones too, and results written where the caller says: bitwise the contiguous answer."""
+    inputs = _inputs(dtype)
+    out, lse = mla_decode(**inputs, **_OPTIONS)
+    assert out.dtype == dtype and out.shape == (2, 2, 4, 16) and lse.dtype == np.float32 and lse.shape == (2, 4, 2)
+    strided = {name: np.repeat(array, 2, axis=0)[::2] for name, array in inputs.items()}
+    strided["q"] = np.ascontiguousarray(inputs["q"].transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3)
+    strided["kv_cache"] = np.ascontiguousarray(inputs["kv_cache"][::-1])[::-1]
+    given_out = np.empty((2, 4, 2, 20), dtype).transpose(0, 2, 1, 3)[..., :16]
+    given_lse = np.empty((2, 2, 4), np.float32).transpose(0, 2, 1)
+    results = mla_decode(**strided, **_OPTIONS, out=given_out, lse=given_lse)
+    assert results[0] is given_out and results[1] is given_lse
+    np.testing.assert_array_equal(_bits(np.ascontiguousarray(given_out)), _bits(out))
+    np.testing.assert_array_equal(given_lse, lse)
+
+
+def test_empty_batches():
+    inputs = _inputs()
+    empty = {**inputs, "q": inputs["q"][:0], "block_table": inputs["block_table"][:0], "seq_lens": inputs["seq_lens"][:0]}
+    out, lse = mla_decode(**empty, **_OPTIONS)
+    assert out.shape == (0, 2, 4, 16) and lse.shape == (0, 4, 2)
+    out, lse = mla_decode(**{**inputs, "q": inputs["q"][:, :0]}, **_OPTIONS)
+    assert out.shape == (2, 0, 4, 16) and lse.shape == (2, 4, 0)
+
+
+class _Library:
+    """A library that is known by DLPack and the array API alone."""
+
+    @staticmethod
+    def empty(shape, *, dtype, device):
+        assert device == "cpu"
+        return _Array(np.full(shape, -1, dtype))
+
+
+class _Array:
+    def __init__(self, memory):
+        self.memory, self.device = memory, "cpu"
+
+    def __dlpack__(self, **kwargs):
+        return self.memory.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.memory.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return _Library
+
+
+def test_dlpack_alone():
+    inputs = _inputs()
+    out, lse = mla_decode(**inputs, **_OPTIONS)
+    wrapped = {name: _Array(array) for name, array in inputs.items()}
+    plan = plan_decode(wrapped["seq_lens"], num_heads_q=4, seq_len_q=2, page_size=8, head_dim_qk=24, head_dim_v=16, dtype="float32",
+                       backend="cpu")
+    results = mla_decode(**wrapped, **_OPTIONS, plan=plan)
+    assert [type(result) for result in results] == [_Array, _Array]
+    np.testing.assert_array_equal(results[0].memory, out)
+    np.testing.assert_array_equal(results[1].memory, lse)
+    merged, _ = merge_states([results, results], backend="cpu")
+    np.testing.assert_allclose(merged.memory, out, rtol=1e-6)
+
+
+def test_mixed_libraries_are_refused():
+    inputs = _inputs()
+    with pytest.raises(TypeError, match="kv_cache is a dlpack array, but q is a numpy array"):
+        mla_decode(**{**inputs, "kv_cache": _Array(inputs["kv_cache"])}, **_OPTIONS)
+
+
+def test_torch_cpu_tensors():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    inputs = _inputs(ml_dtypes.bfloat16)
+    tensors = {name: torch.from_numpy(inputs[name]) for name in ("block_table", "seq_lens")}
+    tensors |= {name: torch.from_numpy(inputs[name].view(np.int16)).view(torch.bfloat16) for name in ("q", "kv_cache")}
+    out, lse = mla_decode(**tensors, **_OPTIONS)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    expected = mla_decode(**inputs, **_OPTIONS)
+    np.testing.assert_array_equal(out.view(torch.int16).numpy(), expected[0].view(np.int16))
+    np.testing.assert_array_equal(lse.numpy(), expected[1])
+
+
+def test_neither_torch_nor_cupy_is_imported():
+    code = ("import sys, numpy as np, mla_numba\n"
+            "mla_numba.mla_decode(np.ones((1, 1, 1, 8), np.float32), np.ones((1, 4, 1, 8), np.float32), np.zeros((1, 1), np.int32),\n"
+            "                     np.ones(1, np.int32), head_dim_v=4, backend='cpu')\n"
+            "sys.exit(bool({'torch', 'cupy', 'reference', 'verify', 'perf'} & set(sys.modules)))")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numba_cuda_that_is_not_numba_cudas_is_refused():
+    """numba's own copy of numba.cuda is what a site folder put on PYTHONPATH gives."""
+    code = ("import sys, types, numba\n"
+            "fake = types.ModuleType('numba.cuda'); fake.__file__ = '/somewhere/numba/cuda/__init__.py'\n"
+            "sys.modules['numba.cuda'] = fake; numba.cuda = fake\n"
+            "import mla_numba")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "WrongNumbaCuda" in done.stderr and "pip install numba-cuda" in done.stderr, done.stderr

@@ -1,0 +1,113 @@
+"""Array interchange on a GPU: results of the same library on the same device, on the caller's stream."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numba import cuda
+
+from mla_numba import flash_mla, merge_states, mla_decode, plan_decode
+from verify.tolerances import decode_bounds
+
+pytestmark = [pytest.mark.l1, pytest.mark.skipif(not cuda.is_available(), reason="needs a GPU")]
+
+
+def _inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    return dict(q=rng.standard_normal((3, 2, 16, 576), np.float32).astype(ml_dtypes.bfloat16),
+                kv_cache=rng.standard_normal((24, 64, 1, 576), np.float32).astype(ml_dtypes.bfloat16),
+                block_table=rng.permutation(24).reshape(3, 8).astype(np.int32), seq_lens=np.array([500, 0, 65], np.int32))
+
+
+def _to_torch(array):
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+    return torch.from_numpy(array).cuda()
+
+
+def _from_torch(tensor):
+    import torch
+
+    return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.cpu().numpy()
+
+
+def _to_cupy(array):
+    import cupy
+
+    return cupy.asarray(array)
+
+
+def _to_jax(array):
+    import jax
+
+    return jax.device_put(array, jax.devices("cuda")[0])
+
+
+_LIBRARIES = {
+    "numpy": (lambda array: array, np.asarray),
+    "torch": (_to_torch, _from_torch),
+    "cupy": (_to_cupy, lambda array: array.get()),
+    "numba": (lambda array: cuda.to_device(array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array),
+              lambda array: array.copy_to_host().view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array.copy_to_host()),
+    "jax": (_to_jax, np.asarray),
+}
+
+
+@pytest.mark.parametrize("library", _LIBRARIES)
+def test_library_in_library_out(library):
+    if library not in ("numpy", "numba"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    into, back = _LIBRARIES[library]
+    inputs = _inputs()
+    arrays = {name: into(array) for name, array in inputs.items()}
+    plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2)
+    results = mla_decode(**arrays, plan=plan, check_values=True)
+    assert {type(result) for result in results} == {type(arrays["q"])}
+    out, lse = map(back, results)
+    out_ref, lse_ref, out_bound, lse_bound = decode_bounds(**inputs, dtype="bfloat16")
+    assert (np.abs(out.astype(np.float64) - out_ref) <= out_bound).all()
+    finite = np.isfinite(lse_ref)
+    assert (np.abs(lse[finite] - lse_ref[finite]) <= lse_bound[finite]).all() and np.isposinf(lse[~finite]).all()
+    merged, _ = map(back, merge_states([results, results]))
+    np.testing.assert_allclose(merged.astype(np.float32), out.astype(np.float32), rtol=2**-7)
+
+
+def test_any_strides():
+    """Padded, transposed and reversed CuPy arrays give the bits of contiguous ones."""
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    arrays = {name: cupy.asarray(array) for name, array in _inputs().items()}
+    out, lse = mla_decode(**arrays)
+    strided = {name: cupy.repeat(array[::-1], 2, axis=0)[::-2] for name, array in arrays.items()}
+    strided["kv_cache"] = cupy.ascontiguousarray(strided["kv_cache"].transpose(2, 1, 0, 3)[:, ::-1]).transpose(2, 1, 0, 3)[:, ::-1]
+    given_out = cupy.empty((2, 3, 16, 520), out.dtype).transpose(1, 0, 2, 3)[..., :512]
+    results = mla_decode(**strided, out=given_out)
+    assert strided["q"].strides[0] < 0 and strided["kv_cache"].strides[1] < 0 and results[0] is given_out
+    assert (given_out.astype(cupy.float32) == out.astype(cupy.float32)).all() and (results[1] == lse).all()
+
+
+def test_flash_mla_as_its_readme_calls_it():
+    pytest.importorskip("torch", reason="torch is not installed")
+    inputs = _inputs()
+    tensors = {name: _to_torch(array) for name, array in inputs.items()}
+    expected, _ = mla_decode(**tensors)
+    arguments = (tensors["q"], tensors["kv_cache"], tensors["block_table"], tensors["seq_lens"], 512)
+    for metadata in (flash_mla.get_mla_metadata(), flash_mla.get_mla_metadata(tensors["seq_lens"], 2 * 16, 1)):
+        out, lse = flash_mla.flash_mla_with_kvcache(*arguments, *metadata, causal=True)
+        assert out.is_cuda and lse.is_cuda and (out == expected).all()
+    assert metadata[0].is_cuda and metadata[0].shape[1] == 8 and metadata[1].shape == (4,)
+
+
+def test_callers_current_stream():
+    """The inputs are made on the caller's stream behind a long kernel; reading them early would read garbage."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {name: _to_torch(array) for name, array in _inputs().items()}
+    expected, _ = mla_decode(**tensors)
+    late = torch.full_like(tensors["kv_cache"], float("nan"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(tensors["kv_cache"])
+        out, _ = mla_decode(**{**tensors, "kv_cache": late})
+        torch.cuda.current_stream().synchronize()
+    assert (out == expected).all()
