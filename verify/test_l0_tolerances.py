@@ -209,7 +209,7 @@ def test_bound_of_absurd_logits_is_large_not_nan():
     assert not any(np.isnan(array).any() for array in bounds)
 
 
-@pytest.mark.parametrize("got, want, bound, ratio", [
+@pytest.mark.parametrize(("got", "want", "bound", "ratio"), [
     ([1.0, 2.0], [1.0, 2.5], [0.0, 1.0], 0.5), ([np.nan], [0.0], [1.0], math.inf), ([np.nan], [np.nan], [0.0], 0.0),
     ([np.inf], [1.0], [1.0], math.inf), ([1e-9], [0.0], [0.0], math.inf), ([], [], [], 0.0)])
 def test_worst_ratio(got, want, bound, ratio):

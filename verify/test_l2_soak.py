@@ -1,0 +1,33 @@
+"""Races: many runs of one call, other calls between them, all bits the same."""
+
+import pytest
+
+import mla_numba
+from verify.cases import MLACase
+from verify.checks import assert_same_results
+from verify.targets import ours, simulator
+
+pytestmark = pytest.mark.l2
+
+RERUNS = 300
+CASES = [
+    pytest.param(MLACase(seq_lens=(8192,), num_heads_q=128, values="rising"), id="one-long-request"),
+    pytest.param(MLACase(seq_lens=(0, 1, 4000, 63, 65, 1024), seq_len_q=2, num_heads_q=64, pages="shuffled", values="alternating"),
+                 id="ragged-lengths"),
+    pytest.param(MLACase(seq_lens=(300,) * 64, num_heads_q=16, dtype="float16", values="one_hot"), id="many-requests"),
+]
+
+
+@pytest.mark.skipif(simulator(), reason="the simulator runs threads one after another")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", [name for name in mla_numba.available_backends() if name != "cpu"] or ["cpu"])
+def test_reruns_are_bitwise_equal(backend: str, case: MLACase, batch_invariant: bool) -> None:
+    target, inputs = ours(backend), case.build()
+    # Leaves other partial results in whatever workspace is reused.
+    other = MLACase(seq_lens=(5000, 7, 129), num_heads_q=16, values="large").build()
+    first = target(inputs, batch_invariant=batch_invariant)
+    for run in range(RERUNS if backend != "cpu" else RERUNS // 30):
+        if run % 10 == 0:
+            target(other)
+        assert_same_results(target(inputs, batch_invariant=batch_invariant), first, f"run {run}")
