@@ -37,15 +37,16 @@ class FlashMLASchedMeta:
 
 
 def get_mla_metadata(cache_seqlens: Any = None, num_q_tokens_per_head_k: int | None = None, num_heads_k: int = 1,
-                     num_heads_q: int | None = None, is_fp8_kvcache: bool = False, topk: int | None = None) -> tuple[Any, Any]:
+                     num_heads_q: int | None = None, is_fp8_kvcache: bool = False, topk: int | None = None, *,
+                     num_heads_per_head_k: int | None = None) -> tuple[Any, Any]:
     """Scheduling metadata, in the form of the epoch that the arguments belong to.
 
     Parameters
     ----------
     cache_seqlens : array, (batch,) int32, optional
         Without it: today's epoch.
-    num_q_tokens_per_head_k : int
-        seq_len_q * num_heads_q // num_heads_k.
+    num_q_tokens_per_head_k, num_heads_per_head_k : int
+        seq_len_q * num_heads_q // num_heads_k; the second is its name in the first epoch.
     num_heads_k : int
         KV heads.
     num_heads_q : int, optional
@@ -71,6 +72,8 @@ def get_mla_metadata(cache_seqlens: Any = None, num_q_tokens_per_head_k: int | N
         return FlashMLASchedMeta(), None
     _refuse(is_fp8_kvcache=is_fp8_kvcache or None, topk=topk)
     num_heads_k = validate.require_count(num_heads_k, "num_heads_k")
+    if num_q_tokens_per_head_k is None:
+        num_q_tokens_per_head_k = num_heads_per_head_k
     rows = validate.require_count(num_q_tokens_per_head_k, "num_q_tokens_per_head_k")
     if num_heads_q is not None:
         validate.require_heads(validate.require_count(num_heads_q, "num_heads_q"), num_heads_k)
