@@ -180,6 +180,15 @@ def test_out_that_overlaps_an_input():
     _next_good_call_works()
 
 
+def test_out_beside_an_input_in_one_buffer():
+    """Interleaved columns of one buffer overlap as ranges, and share nothing."""
+    call = _good()
+    buffer = np.zeros((*call["q"].shape[:-1], _DIM + _DIM_V), _BF16)
+    buffer[..., :_DIM] = call["q"]
+    out, _ = mla_decode(**{**call, "q": buffer[..., :_DIM]}, out=buffer[..., _DIM:])
+    np.testing.assert_array_equal(out.view(np.uint16), mla_decode(**call)[0].view(np.uint16))
+
+
 @pytest.mark.parametrize("change", [dict(seq_len_q=1), dict(num_heads_q=2), dict(page_size=16), dict(head_dim_qk=32), dict(head_dim_v=8),
                                     dict(dtype="float16"), dict(causal=False), dict(batch_invariant=True),
                                     dict(seq_lens=np.array([20, 9, 1], np.int32))], ids=lambda change: next(iter(change)))
