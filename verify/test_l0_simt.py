@@ -91,6 +91,12 @@ def test_merge_kernels_compile_without_spills(monkeypatch, tmp_path):
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
 
 
+@pytest.mark.skipif(SIMULATOR, reason="the simulator compiles nothing")
+def test_numpy_that_numba_cuda_cannot_take_is_a_reason(monkeypatch):
+    monkeypatch.setattr(np, "__version__", "2.5.2")
+    assert simt.unavailable.__wrapped__() == ["numba-cuda 0.30 compiles nothing with NumPy 2.5.2: pip install 'numpy<2.5'"]
+
+
 @pytest.mark.skipif(SIMULATOR, reason="the simulator has its own tiles")
 def test_deepseek_tile_on_hopper():
     config = simt.choose_config(_shape(), SMEM_LIMITS[9, 0])

@@ -34,8 +34,8 @@ def unavailable() -> list[str]:
     """Why this machine cannot run the backend."""
     if SIMULATOR:
         return []
-    if "numba_cuda" not in (cuda.__file__ or ""):
-        return ["numba.cuda is the copy inside numba: install numba-cuda"]
+    if np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        return [f"numba-cuda 0.30 compiles nothing with NumPy {np.__version__}: pip install 'numpy<2.5'"]
     error = cuda.cuda_error()
     if error is not None:
         return [f"no CUDA driver: {' '.join(str(error).split())}"]
