@@ -6,13 +6,15 @@ VENV ?= .venv
 # Test processes. Numba's threads and a GPU are shared by them all, so more than 2 gains little.
 JOBS ?= 2
 PYTEST_ARGS ?=
+BACKEND ?= simt
+TOOLS ?= memcheck racecheck synccheck
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGE := setup.cfg pyproject.toml .ci/cuda_extra.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify lint wheel clean
+.PHONY: help demo test perf sanitize verify lint wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -25,6 +27,12 @@ test: $(VENV)/test.stamp  ## the whole suite that this machine can run, then the
 	$(BIN)/python -m pytest -n $(JOBS) -m "not sim" $(PYTEST_ARGS) || status=$$?; \
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -n $(JOBS) -m sim $(PYTEST_ARGS) || status=$$?; \
 	exit $$status
+
+perf: $(VENV)/perf.stamp  ## measure this machine: ceilings, the quick suite, peers that import (perf/README.md)
+	$(BIN)/python -m perf
+
+sanitize: $(VENV)/test.stamp  ## small decodes under NVIDIA's compute-sanitizer, on a GPU machine (BACKEND=simt TOOLS="memcheck racecheck")
+	$(BIN)/python -m perf.sanitize --backend $(BACKEND) --tools $(TOOLS)
 
 verify: $(VENV)/test.stamp  ## the property suite against every backend that runs here, with a progress bar
 	$(BIN)/python -m verify
@@ -55,6 +63,10 @@ $(VENV)/test.stamp: $(PACKAGE) | $(BIN)/python
 	@echo "installing mla_numba and its tests' needs into $(VENV), a minute or two ..."
 	@$(PIP) --editable ".[$$($(BIN)/python .ci/cuda_extra.py cu13),test]"
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/perf.stamp: $(VENV)/demo.stamp
+	@$(PIP) --editable ".[perf]"
+	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp
 	@$(PIP) --editable ".[dev]"

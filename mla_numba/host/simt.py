@@ -59,6 +59,7 @@ def _device_idx() -> int:
     return 0 if SIMULATOR else cuda.get_current_device().id
 
 
+@cache
 def choose_config(shape: DecodeShape, smem_limit: int) -> SimtConfig | None:
     """The largest tile that the rows of a request fill and that fits; None if not even the smallest does.
 

@@ -1,0 +1,184 @@
+"""The machine's limits, measured in the process that measures the kernels, with the same timer. Medians, on random data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from perf.timer import CudaTimer, HostTimer, Timer, interleave, spread
+
+SAMPLES = 20
+# On the CPU a matmul takes a good part of a second.
+CPU_SAMPLES = 5
+
+READ_BYTES = 2**31
+RANDOM_BYTES = 2**26
+READ_THREADS = 256
+# Thread blocks per SM; the best of them counts.
+READ_BLOCKS_PER_SM = (8, 16, 32)
+# Few matmuls before: after fifty in a row the chip is at its power limit, and slower than any kernel here would find it
+# (H200: 693 TFLOPS against 790).
+MATMUL_SIZE, MATMUL_WARM_UP = 8192, 3
+CPU_COPY_CACHES, CPU_MATMUL_SIZE = 8, 2048
+
+
+def measure(timer: Timer) -> dict[str, float | None]:
+    """read_gbs, copy_gbs (read + written), bf16_matmul_tflops (None without torch and CuPy); on a GPU launch_us, an empty kernel's time;
+    on the CPU f32_matmul_tflops."""
+    if isinstance(timer, CudaTimer):
+        return _measure_gpu(timer)
+    return _measure_cpu(timer)
+
+
+def _median(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> float:
+    """Microseconds of a call right after another: its buffers are larger than any cache, and a flush would leave its own to be written."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(samples):
+        microseconds = timer.sample(call, before=call)
+        timer.wait()
+        times.append(microseconds())
+    return spread(times).median
+
+
+def _load_16_bytes() -> Any:
+    """Two int64 by one load. Numba's arrays promise an alignment of 8, so that the compiler would make two loads of it."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def load_16_bytes(typing_context, array, index):  # noqa: ARG001
+        def generate(context, builder, signature, arguments):
+            pointer = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
+            loaded = builder.load(builder.bitcast(pointer, ir.VectorType(ir.IntType(64), 2).as_pointer()))
+            loaded.align = 16
+            return context.make_tuple(builder, signature.return_type,
+                                      [builder.extract_element(loaded, ir.IntType(32)(half)) for half in range(2)])
+
+        return types.UniTuple(types.int64, 2)(array, index), generate
+
+    return load_16_bytes
+
+
+def make_read_kernel() -> Any:
+    """Sum of an int64 array, not yet compiled; its length must be a multiple of 8 times the threads of the grid."""
+    from numba import cuda
+
+    load = _load_16_bytes()
+    at = np.uint64
+
+    def read(source, sums):
+        step = at(2) * at(cuda.gridsize(1))
+        index = at(2) * at(cuda.grid(1))
+        total = np.int64(0)
+        # Four independent loads in flight.
+        while index < at(source.size):
+            a, b = load(source, index)
+            c, d = load(source, index + step)
+            e, f = load(source, index + at(2) * step)
+            g, h = load(source, index + at(3) * step)
+            total += (a ^ b) + (c ^ d) + (e ^ f) + (g ^ h)
+            index += at(4) * step
+        sums[cuda.grid(1)] = total
+
+    return read
+
+
+def _random_device_array(num_bytes: int) -> Any:
+    from numba import cuda
+
+    # A part drawn on the host, the rest copies of it: the same bytes again are as random to memory.
+    part = cuda.to_device(np.random.default_rng(0).integers(-2**63, 2**63, RANDOM_BYTES // 8))
+    array = cuda.device_array(num_bytes // 8, np.int64)
+    for begin in range(0, array.size, part.size):
+        target = array[begin:begin + part.size]
+        target.copy_to_device(part[:target.size])
+    return array
+
+
+def _measure_gpu(timer: CudaTimer) -> dict[str, float | None]:
+    from numba import cuda
+    from numba.cuda import types
+
+    num_sms = cuda.get_current_device().MULTIPROCESSOR_COUNT
+    read = cuda.jit(types.void(types.int64[::1], types.int64[::1]))(make_read_kernel())
+    empty = cuda.jit(types.void())(_empty)
+    source = _random_device_array(READ_BYTES)
+    rates = []
+    for blocks in (num_sms * per_sm for per_sm in READ_BLOCKS_PER_SM):
+        whole = 8 * blocks * READ_THREADS
+        part = source[:source.size // whole * whole]
+        sums = cuda.device_array(blocks * READ_THREADS, np.int64)
+        microseconds = _median(timer, lambda part=part, sums=sums, blocks=blocks: read[blocks, READ_THREADS](part, sums), SAMPLES)
+        rates.append(part.size * 8 / microseconds / 1e3)
+    half = source.size // 2
+    target, copied = source[:half], source[half:2 * half]
+    copy_us = _median(timer, lambda: target.copy_to_device(copied), SAMPLES)
+    empty[num_sms, READ_THREADS]()
+    launch_us = spread(interleave(timer, {"empty": lambda: empty[num_sms, READ_THREADS]()}, SAMPLES)["empty"]).median
+    return {"read_gbs": max(rates), "copy_gbs": 16 * half / copy_us / 1e3, "bf16_matmul_tflops": _bf16_matmul_tflops(timer),
+            "launch_us": launch_us}
+
+
+def _empty() -> None:
+    pass
+
+
+def _bf16_matmul_tflops(timer: Timer) -> float | None:
+    matmul = _torch_matmul() or _cupy_matmul()
+    if matmul is None:
+        return None
+    return 2 * MATMUL_SIZE**3 / _median(timer, matmul, SAMPLES, MATMUL_WARM_UP) / 1e6
+
+
+def _torch_matmul() -> Any:
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _cupy_matmul() -> Any:
+    try:
+        import cupy
+        import ml_dtypes
+
+        a, b = (cupy.random.standard_normal((MATMUL_SIZE, MATMUL_SIZE), cupy.float32).astype(ml_dtypes.bfloat16) for _ in range(2))
+        cupy.matmul(a, b)
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        # No CuPy, or one that does not multiply bfloat16.
+        return None
+    return lambda: cupy.matmul(a, b)
+
+
+def _measure_cpu(timer: HostTimer) -> dict[str, float | None]:
+    import numba
+
+    @numba.njit(parallel=True, nogil=True)
+    def read(source):
+        total = 0
+        for i in numba.prange(source.size):
+            total += source[i]
+        return total
+
+    @numba.njit(parallel=True, nogil=True)
+    def copy(target, source):
+        for i in numba.prange(source.size):
+            target[i] = source[i]
+
+    rng = np.random.default_rng(0)
+    source = np.resize(rng.integers(-2**31, 2**31, RANDOM_BYTES // 8), CPU_COPY_CACHES * timer.flush_bytes // 4 // 8)
+    target = np.empty_like(source)
+    square = rng.standard_normal((CPU_MATMUL_SIZE, CPU_MATMUL_SIZE), np.float32)
+    read_us, copy_us, matmul_us = (_median(timer, call, CPU_SAMPLES) for call in (
+        lambda: read(source), lambda: copy(target, source), lambda: square @ square))
+    return {"read_gbs": source.nbytes / read_us / 1e3, "copy_gbs": 2 * source.nbytes / copy_us / 1e3, "bf16_matmul_tflops": None,
+            "f32_matmul_tflops": 2 * CPU_MATMUL_SIZE**3 / matmul_us / 1e6}

@@ -1,0 +1,159 @@
+"""Timing: one call a sample, cold L2, contenders in turn.
+
+A sample is [write the flush buffer] [event] [call] [event] on one stream. The buffer is several times the last-level cache, and it is
+written as often as it takes to keep the device busy while the host queues the call: otherwise the time between the events would be the
+host's. Contenders take turns sample by sample, each round beginning with another one, so that clocks and temperature are the same for all.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Call = Callable[[], Any]
+
+MIN_SAMPLES = 20
+# The flush buffer in last-level caches. Four would do for the cache; sixteen of an H200's take 0.25 ms, which most hosts need no longer.
+FLUSH_CACHES = 16
+# Calls for the host's cost: enough for a mean, few enough for the device's queue of 1,024 launches.
+HOST_CALLS, LEAST_HOST_CALLS, HOST_CALLS_US = 50, 5, 200_000
+
+
+class Timer(Protocol):
+    """A clock for calls. `sample` queues one and gives what tells its microseconds after `wait`.
+
+    The flush before it keeps the device busy for `lead_us`. With `before`, that is called instead: the caches are what it leaves.
+    """
+
+    flush_bytes: int
+
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]: ...
+
+    def wait(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and 10th and 90th percentile, in microseconds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def spread(samples: list[float]) -> Spread:
+    p10, median, p90 = np.percentile(samples, (10, 50, 90))
+    return Spread(float(median), float(p10), float(p90))
+
+
+def interleave(timer: Timer, calls: Mapping[str, Call], samples: int, lead_us: Mapping[str, float] | None = None) -> dict[str, list[float]]:
+    """Microseconds of every sample of every call, taken in turn; `lead_us`: how long the device is kept busy before each."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(samples):
+        first = turn % len(names)
+        pending = {name: timer.sample(calls[name], (lead_us or {}).get(name, 0.0)) for name in names[first:] + names[:first]}
+        timer.wait()
+        for name, microseconds in pending.items():
+            times[name].append(microseconds())
+    return times
+
+
+def host_us(timer: Timer, call: Call, device_us: float) -> float:
+    """What one call costs the host: many without waiting for the device."""
+    count = int(np.clip(HOST_CALLS_US / max(device_us, 1), LEAST_HOST_CALLS, HOST_CALLS))
+    timer.wait()
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    cost = (time.perf_counter() - begin) / count * 1e6
+    timer.wait()
+    return cost
+
+
+def first_call(timer: Timer, call: Call) -> tuple[Any, float]:
+    """The result of a call, waited for, and its seconds: compilation, if it compiles."""
+    timer.wait()
+    begin = time.perf_counter()
+    result = call()
+    timer.wait()
+    return result, time.perf_counter() - begin
+
+
+class CudaTimer:
+    """CUDA events on the default stream, which is also torch's current one unless somebody changed it."""
+
+    def __init__(self) -> None:
+        from numba import cuda
+
+        self._cuda = cuda
+        self._stream = cuda.legacy_default_stream()
+        self.flush_bytes = FLUSH_CACHES * int(cuda.get_current_device().L2_CACHE_SIZE)
+        self._buffer = cuda.device_array(self.flush_bytes, np.uint8)
+        self._flush_us = 1.0
+        self._flush_us = float(np.median([self._time_flush() for _ in range(5)]))
+
+    def _flush(self) -> None:
+        self._cuda.cudadrv.driver.device_memset(self._buffer, 0, self.flush_bytes, self._stream)
+
+    def _time_flush(self) -> float:
+        microseconds = self.sample(self._flush)
+        self.wait()
+        return microseconds()
+
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]:
+        begin, end = self._cuda.event(), self._cuda.event()
+        for _ in range(max(1, math.ceil(lead_us / self._flush_us))):
+            (before or self._flush)()
+        begin.record()
+        result = call()
+        end.record()
+
+        def microseconds() -> float:
+            # Held until here, as to free device memory may wait for the device, in the middle of what other calls have queued.
+            nonlocal result
+            result = None
+            return float(begin.elapsed_time(end)) * 1e3
+
+        return microseconds
+
+    def wait(self) -> None:
+        self._cuda.synchronize()
+
+
+class HostTimer:
+    """The host's clock, for the cpu backend: caches cold, and the threads of the call before asleep."""
+
+    # OpenBLAS's threads spin for 2^26 cycles, on the cores that the next call needs.
+    settle_s = 0.04
+
+    def __init__(self) -> None:
+        self.flush_bytes = 4 * last_level_cache_bytes()
+        self._buffer = np.zeros(self.flush_bytes, np.uint8)
+        self._value = 1
+
+    def _flush(self) -> None:
+        self._buffer.fill(self._value)
+        self._value ^= 1
+
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]:  # noqa: ARG002
+        (before or self._flush)()
+        time.sleep(self.settle_s)
+        begin = time.perf_counter()
+        call()
+        elapsed = (time.perf_counter() - begin) * 1e6
+        return lambda: elapsed
+
+    def wait(self) -> None:
+        pass
+
+
+def last_level_cache_bytes() -> int:
+    """Of the CPU, as Linux tells it; 32 MiB where it does not."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size and size[-1] in units), default=32 * 2**20)

@@ -1,0 +1,440 @@
+"""perf's measuring side without a GPU: what is in the suites, what the timer does with a clock, what the gate stops, the cpu mode whole."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import mla_numba
+from perf import cases, ceilings, gate, inputs, measure, results, timer, traffic
+from perf.__main__ import main
+from perf.peers import CPU_PEERS, GPU_PEERS, PEERS
+from perf.peers.numpy_way import NumpyWay
+
+pytestmark = pytest.mark.l0
+
+# batch, queries, heads, mean length, lengths differ: the rows that the peers were measured on before the project began.
+BASELINE = """
+128 1 128 4096 1   128 1 128 8192 1   128 1 128 16384 1  128 1 128 32768 1  128 2 128 4096 1   128 2 128 8192 1
+128 2 128 16384 1  128 2 128 32768 1  128 1 16 4096 1    128 1 16 16384 1   128 1 32 4096 1    128 1 32 16384 1
+128 1 64 4096 1    128 1 64 16384 1   1 1 128 1024 0     1 1 128 8192 0     1 1 128 65536 0    4 1 128 1024 0
+4 1 128 8192 0     4 1 128 65536 0    16 1 128 1024 0    16 1 128 8192 0    16 1 128 65536 0   1 1 16 1024 0
+1 1 16 8192 0      1 1 16 65536 0     4 1 16 1024 0      4 1 16 8192 0      4 1 16 65536 0     16 1 16 1024 0
+16 1 16 8192 0     16 1 16 65536 0    64 1 16 1024 0     64 1 16 8192 0     64 1 16 65536 0    128 4 16 4096 1
+16 1 64 4096 0     32 1 128 4096 0    64 1 128 4096 0    128 1 128 1024 0   128 1 128 2048 0   256 1 128 2048 1
+132 4 16 4096 0    64 2 16 512 0
+"""
+SMALL = cases.Case("small", (130, 5, 77), seq_len_q=2, num_heads_q=6, page_size=16, suite="test")
+LIMITS = {"read_gbs": 10.0, "f32_matmul_tflops": 0.1, "bf16_matmul_tflops": None}
+
+
+class FakeTimer:
+    """Every call takes as many microseconds as it returns; `log` has the calls in order."""
+
+    flush_bytes = 1
+
+    def __init__(self):
+        self.log = []
+
+    def sample(self, call, lead_us=0.0, before=None):
+        value = call()
+        self.log.append((value, lead_us, before))
+        return lambda: 1.0 if isinstance(value, tuple) else float(value)
+
+    def wait(self):
+        self.log.append("wait")
+
+
+# Suites
+
+def test_full_has_the_baseline():
+    numbers = list(map(int, BASELINE.split()))
+    rows = {tuple(numbers[i:i + 5]) for i in range(0, len(numbers), 5)}
+    assert len(rows) == 44
+    for suite in ("full", "baseline"):
+        have = {(case.batch, case.seq_len_q, case.num_heads_q, case.seq_len_k_mean, case.varlen) for case in cases.suite(suite)
+                if case.page_size == 64 and case.causal and case.num_workers is None}
+        assert rows - have == set()
+
+
+def test_suites_have_what_they_say():
+    counts = {name: len(cases.suite(name)) for name in cases.SUITES}
+    assert counts["baseline"] == 44
+    assert counts["flashmla"] == 16
+    assert counts["serving"] == 27
+    assert counts["quick"] <= 8
+    full = cases.suite("full")
+    assert len({case.name for case in full}) == len(full)
+    shapes = {replace(case, name="", suite="", causal=case.causal or case.seq_len_q == 1) for case in full}
+    assert len(shapes) == len(full)
+    flashmla = cases.suite("flashmla")
+    assert {(case.seq_len_q, case.causal, case.seq_len_k_mean) for case in flashmla} == {
+        (q, causal, mean) for q in (1, 2) for causal in (True, False) for mean in (4096, 8192, 16384, 32768)}
+    assert {case.name for case in flashmla} <= {case.name for case in full}
+    rows = {(case.num_heads_q, case.seq_len_q) for case in full}
+    assert {(12, 1), (24, 1), (48, 1), (96, 1), (112, 1), (16, 3)} <= rows
+    assert {case.page_size for case in full} >= {16, 32, 64, 128, 256}
+
+
+@pytest.mark.parametrize("name", cases.SUITES)
+def test_cases_can_be_found_and_decoded(name):
+    for case in cases.suite(name):
+        found = cases.find(case.name)
+        assert replace(found, suite=case.suite, causal=case.causal) == case
+        assert min(case.seq_lens) >= case.seq_len_q
+        assert case.num_heads_q % case.num_heads_kv == 0
+
+
+@pytest.mark.parametrize("spread", ["equal", "normal", "uniform", "bimodal", "giant", "step2"])
+def test_lengths_of_every_spread_have_the_mean(spread):
+    lengths = cases.spread_lengths(spread, 128, 4096)
+    assert abs(sum(lengths) - 128 * 4096) <= 8
+    assert len(set(lengths)) == 1 if spread == "equal" else len(set(lengths)) > 1
+    assert lengths == cases.spread_lengths(spread, 128, 4096)
+    if spread == "step2":
+        assert set(np.diff(lengths)) == {2}
+
+
+def test_wrong_names_say_what_is_near():
+    with pytest.raises(ValueError, match="b128_q1_h128_k4096"):
+        cases.find("b128_q1_h128_k409")
+    with pytest.raises(ValueError, match="is none of quick"):
+        cases.suite("everything")
+
+
+def test_requests_share_the_pages_of_their_prefix_blocks():
+    case = cases.Case("two", (1100, 1030), prefix_blocks=((7, 8, 9), (7, 8)))
+    table, num_pages = cases.block_table(case, np.random.default_rng(0))
+    # Two whole blocks of 512 tokens in common: 16 pages of 64.
+    assert (table[0, :16] == table[1, :16]).all()
+    assert not set(table[0, 16:18]) & set(table[1, 16:17])
+    assert num_pages == len(set(table[0, :18]) | set(table[1, :17])) == 19
+
+
+@pytest.mark.parametrize("name", ["mooncake_32_h16", "mooncake_128_h16", "azure_conv_32_h16"])
+def test_pages_are_as_many_as_the_traffic_model_counts(name):
+    case = cases.find(name)
+    num_pages = cases.block_table(case, np.random.default_rng(0))[1]
+    tokens = traffic.work(case).unique_kv_bytes / (576 * 2)
+    assert tokens <= num_pages * case.page_size < tokens + case.batch * case.page_size
+
+
+# Timer
+
+def test_contenders_take_turns():
+    clock = FakeTimer()
+    times = timer.interleave(clock, {"a": lambda: 3, "b": lambda: 5, "c": lambda: 7}, 4, {"b": 40.0})
+    assert times == {"a": [3.0] * 4, "b": [5.0] * 4, "c": [7.0] * 4}
+    order = [entry if entry == "wait" else entry[0] for entry in clock.log]
+    assert order == [3, 5, 7, "wait", 5, 7, 3, "wait", 7, 3, 5, "wait", 3, 5, 7, "wait"]
+    assert {entry[:2] for entry in clock.log if entry != "wait"} == {(3, 0.0), (5, 40.0), (7, 0.0)}
+
+
+def test_spread_is_median_and_tenths():
+    assert timer.spread([float(value) for value in range(101)]) == timer.Spread(50.0, 10.0, 90.0)
+
+
+def test_host_cost_is_the_mean_of_calls_without_waiting(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+    calls = []
+
+    def call():
+        calls.append(None)
+        now[0] += 30e-6
+
+    assert timer.host_us(FakeTimer(), call, device_us=100.0) == pytest.approx(30.0)
+    assert len(calls) == timer.HOST_CALLS
+    calls.clear()
+    timer.host_us(FakeTimer(), call, device_us=1e6)
+    assert len(calls) == timer.LEAST_HOST_CALLS
+
+
+def test_cuda_timer_flushes_until_the_host_has_queued_the_call():
+    log = []
+
+    class Event:
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            assert isinstance(end, Event)
+            return 0.25
+
+    class Cuda:
+        event = Event
+
+        @staticmethod
+        def synchronize():
+            log.append("wait")
+
+    clock = object.__new__(timer.CudaTimer)
+    clock._cuda, clock._flush_us, clock._flush = Cuda, 100.0, lambda: log.append("flush")
+    microseconds = clock.sample(lambda: log.append("call"))
+    clock.wait()
+    assert log == ["flush", "event", "call", "event", "wait"]
+    assert microseconds() == 250.0
+    log.clear()
+    clock.sample(lambda: log.append("call"), lead_us=250.0)
+    assert log == ["flush"] * 3 + ["event", "call", "event"]
+
+
+def test_host_timer_writes_more_than_the_last_cache(monkeypatch):
+    monkeypatch.setattr(timer, "last_level_cache_bytes", lambda: 1000)
+    monkeypatch.setattr(timer.HostTimer, "settle_s", 0.0)
+    clock = timer.HostTimer()
+    assert clock.flush_bytes == 4000
+    before = clock._buffer.copy()
+    assert clock.sample(lambda: None)() >= 0
+    assert (clock._buffer != before).all()
+
+
+def test_read_kernel_loads_16_bytes_four_times():
+    from numba import cuda
+    from numba.cuda import types
+
+    if cuda.config.ENABLE_CUDASIM:
+        pytest.skip("the simulator compiles nothing")
+    signature = types.void(types.int64[::1], types.int64[::1])
+    ptx, _ = cuda.compile(ceilings.make_read_kernel(), signature, device=False, abi="numba", cc=(9, 0), output="ptx")
+    assert ptx.count("ld.global.v2.u64") == 4
+    assert ptx.count("ld.global") == 4
+
+
+# Gate
+
+@pytest.fixture(scope="module")
+def small():
+    """Inputs of SMALL, its gate, and a right result."""
+    made = inputs.make_inputs(SMALL, "numpy")
+    return made, gate.Gate(made), mla_numba.mla_decode(*made.arrays, backend="cpu")
+
+
+def test_inputs_are_random_and_shuffled(small):
+    made, _, _ = small
+    assert 0.9 < made.kv_cache.astype(np.float32).std() < 1.1
+    used = made.block_table[0, :9]
+    assert sorted(used) != list(used)
+    assert (made.pages(0) == made.kv_cache[used]).all()
+
+
+def test_gate_lets_a_right_result_pass(small):
+    _, judge, (out, lse) = small
+    verdict = judge.check(out, lse)
+    assert verdict.reason is None
+    assert 0 < verdict.rel_err < 5e-3
+    assert judge.check(out, None).reason is None
+
+
+@pytest.mark.parametrize(("change", "names"), [
+    (lambda out, lse: (out * 1.02, lse), "out"),
+    (lambda out, lse: (out, lse + 1e-3), "lse"),
+    (lambda out, lse: (np.where(np.arange(3)[:, None, None, None] == 1, np.float32(math.nan), out), lse), "out of request 1"),
+    (lambda out, lse: (out[::-1], lse), "out"),
+], ids=["scaled", "lse", "nan", "requests swapped"])
+def test_gate_stops_a_wrong_result(small, change, names):
+    _, judge, (out, lse) = small
+    verdict = judge.check(*(array.astype(np.float32) for array in change(out.astype(np.float32), lse)))
+    assert f"wrong: {names}" in verdict.reason
+
+
+def a_run(**peers):
+    run = measure.start("cpu", ["numpy"])
+    run.timer = FakeTimer()
+    run.peers = peers
+    run.absent = {"elsewhere": "not here"}
+    return run
+
+
+def test_only_right_peers_get_a_time():
+    class Wrong(NumpyWay):
+        def result(self, raw, inputs):
+            return raw[0], raw[1] + np.float32(0.01)
+
+    class Broken(NumpyWay):
+        def prepare(self, inputs, variant):
+            raise RuntimeError("no such\nthing")
+
+    class Choosy(NumpyWay):
+        def supports(self, case):
+            return "not my kind"
+
+    class Slow(NumpyWay):
+        pass
+
+    class Varied(NumpyWay):
+        def variants(self, case):
+            return ("bad", "good")
+
+        def prepare(self, inputs, variant):
+            if variant == "bad":
+                raise ValueError("bad splits")
+            return super().prepare(inputs, variant)
+
+    row = measure.measure_case(a_run(right=NumpyWay(), wrong=Wrong(), broken=Broken(), choosy=Choosy(), varied=Varied()), SMALL, LIMITS)
+    assert row["peers_us"] == {"right": 1.0, "varied": 1.0, "wrong": None, "broken": None, "choosy": None, "elsewhere": None}
+    assert row["peers_note"]["wrong"].startswith("failed: wrong: lse of request")
+    assert row["peers_note"]["broken"] == "failed: RuntimeError: no such thing"
+    assert row["peers_note"]["choosy"] == "not supported: not my kind"
+    assert row["peers_note"]["elsewhere"] == "absent: not here"
+    assert row["peers_note"]["varied"] == "splits: good, of bad, good; splits bad failed: ValueError: bad splits"
+    assert row["peers_rel_err"].keys() == {"right", "varied"}
+    assert row["seq_lens"] == list(SMALL.seq_lens)
+    results.ROW(row, "row")
+
+
+def test_slow_peers_are_left_out():
+    class Slow(FakeTimer):
+        def sample(self, call, lead_us=0.0, before=None):
+            super().sample(call, lead_us, before)
+            return lambda: 2 * measure.PEER_CAP_US
+
+    run = a_run(slow=NumpyWay())
+    run.timer = Slow()
+    row = measure.measure_case(run, SMALL, LIMITS)
+    assert row["peers_us"]["slow"] is None
+    assert row["peers_note"]["slow"] == "skipped: 120 ms a call"
+
+
+def test_a_choice_of_variant_is_kept():
+    class Varied(NumpyWay):
+        name = "varied"
+        asked = 0
+
+        def variants(self, case):
+            return ("1", "2")
+
+        def tuning_key(self, case):
+            return case.num_heads_q
+
+        def prepare(self, inputs, variant):
+            Varied.asked += 1
+            return super().prepare(inputs, variant)
+
+    run = a_run(varied=Varied())
+    measure.measure_case(run, SMALL, LIMITS)
+    measure.measure_case(run, SMALL, LIMITS)
+    assert Varied.asked == 3
+
+
+def test_no_row_of_a_wrong_result_of_ours(monkeypatch, tmp_path):
+    right = mla_numba.mla_decode
+    monkeypatch.setattr(mla_numba, "mla_decode", lambda *args, **kwargs: (right(*args, **kwargs)[0][::-1], right(*args, **kwargs)[1]))
+    monkeypatch.setattr(ceilings, "measure", lambda timer: LIMITS | {"copy_gbs": None})
+    said = []
+    document, failures = measure.measure(a_run(), [SMALL], tmp_path / "r.json", report=said.append)
+    assert document["rows"] == []
+    assert len(failures) == 1
+    assert "small: GateError: failed: wrong: out of request" in failures[0]
+    assert said == failures
+
+
+def test_kernels_are_timed_one_by_one(monkeypatch):
+    from mla_numba.host import launch
+
+    class Kernel:
+        def __init__(self, name):
+            self.py_func = type("f", (), {"__name__": name})
+
+        def __call__(self, *arguments):
+            launched.append(arguments)
+
+    class Event:
+        def record(self):
+            launched.append("event")
+
+        def elapsed_time(self, end):
+            return 0.002
+
+    launched = []
+    monkeypatch.setattr(launch, "configured", lambda kernel, *configuration: kernel)
+    monkeypatch.setattr("numba.cuda.event", Event)
+    with measure.traced_launches("simt") as launches:
+        launch.configured(Kernel("simt_merge"), 1, 2, 0)("argument")
+    assert launched == ["event", ("argument",), "event"]
+    assert [name for name, _, _ in launches] == ["simt_merge"]
+
+    from mla_numba.host import simt
+
+    def call():
+        for name in ("build_schedule", "simt_decode", "simt_merge", "simt_merge_states"[:10]):
+            simt.configured(Kernel(name), 1, 2, 0)()
+
+    run = a_run()
+    run.backend, run.timer = "simt", FakeTimer()
+    parts = measure._parts(run, measure.Contender(lambda: (call(),), 0.0, 0.0), 10.0)
+    assert parts == pytest.approx({"plan_us": 2.0, "decode_us": 2.0, "merge_us": 2.0})
+
+
+# Peers and command line
+
+def test_peers_are_named_and_say_why_they_are_absent():
+    assert GPU_PEERS == ("flashmla", "fa3", "triton", "flashinfer", "sdpa")
+    assert CPU_PEERS == ("numpy",)
+    for name in GPU_PEERS:
+        reason = PEERS[name].available()
+        assert reason is None or len(reason) > 5
+
+
+def test_peers_refuse_what_would_harm_them():
+    case = cases.find("b128_q1_h128_k4096")
+    assert PEERS["flashmla"].supports(case) is None
+    assert "64 only" in PEERS["flashmla"].supports(replace(case, page_size=16))
+    assert "576 and 512 only" in PEERS["flashmla"].supports(replace(case, head_dim_qk=512))
+    assert "multiples of 16" in PEERS["fa3"].supports(replace(case, page_size=8))
+    assert "one query" in PEERS["triton"].supports(replace(case, seq_len_q=2))
+    assert "equal lengths" in PEERS["sdpa"].supports(replace(case, seq_lens=(5, 6)))
+    assert "float32" in PEERS["fa3"].supports(replace(case, dtype="float32"))
+
+
+def test_start_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="at least 20"):
+        measure.start("cpu", samples=19)
+    with pytest.raises(ValueError, match="no peer nobody"):
+        measure.start("cpu", ["nobody"])
+    with pytest.raises(mla_numba.BackendUnavailable, match="hopper"):
+        measure.start("hopper")
+    assert "takes arrays of torch" in measure.start("cpu", ["flashmla"]).absent["flashmla"] or PEERS["flashmla"].available() is not None
+
+
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """Caches small, and threads that need no rest."""
+    monkeypatch.setattr(timer, "last_level_cache_bytes", lambda: 2**20)
+    monkeypatch.setattr(timer.HostTimer, "settle_s", 0.0)
+    monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 512)
+
+
+def test_cpu_mode_from_end_to_end(quick_machine, tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    assert main(["--backend", "cpu", "--suite", "smoke", "--out", str(path), "--commit", "0123abc"]) == 0
+    document = results.load(path)
+    assert document["commit"] == "0123abc"
+    assert document["ceilings"]["read_gbs"] > 0
+    assert document["ceilings"]["f32_matmul_tflops"] > 0
+    assert [row["case"] for row in document["rows"]] == [case.name for case in cases.suite("smoke")]
+    for row in document["rows"]:
+        assert len(row["samples_us"]) == timer.MIN_SAMPLES
+        assert row["peers_us"]["numpy"] > 0
+        assert row["kernel_us"]["unplanned_us"] > 0
+    printed = capsys.readouterr().out
+    assert "2 rows in" in printed
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "no change" in capsys.readouterr().out
+
+
+def test_a_run_stops_between_cases_when_time_is_up(quick_machine, tmp_path, capsys):
+    path = tmp_path / "none.json"
+    assert main(["--backend", "cpu", "--suite", "smoke", "--out", str(path), "--peers", "none", "--time-limit", "0"]) == 0
+    assert results.load(path)["rows"] == []
+    assert capsys.readouterr().out.count("not begun") == 2
+
+
+def test_command_line_lists_and_refuses(capsys):
+    assert main(["--list", "--suite", "flashmla"]) == 0
+    assert capsys.readouterr().out.count("tokens") == 16
+    assert main(["--backend", "cpu", "--case", "nothing_like_it"]) == 2
+    assert "no case" in capsys.readouterr().err
+    assert main(["explain", "b1_q1_h128_k8192"]) == 0
+    assert main(["compare", "/nowhere/a.json", "/nowhere/b.json"]) == 2
