@@ -4,11 +4,13 @@ A row's noise is the spread of its samples: half of p10 to p90, of both runs tog
 medians. A row is slower or faster when its medians are further apart than that and than `LEAST`. That is 1.8 standard
 deviations of a sample, but 4.6 of the difference of two medians of 20, so it also covers clocks that drift between two runs.
 
-The verdict on the whole is about the geometric mean of the ratios, a row counting the less the noisier it is. Its noise is the larger of
-what the rows' spreads imply and of what the scatter of the ratios implies: rows that disagree prove nothing together.
+The verdict on the whole is about the median of the ratios. Its noise is the larger of what the rows' spreads imply and of what the scatter
+of the ratios implies: rows that disagree prove nothing together. Medians for both, because one row that moved by half must not hide
+that the others moved by 5% (it did, with means: perf/results/h200_quick_slow.json).
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +22,10 @@ from perf.results import Results, Row, limits
 
 # No difference below this counts, however quiet the samples.
 LEAST = 0.01
-# Standard errors that the mean of scattered ratios must be away from 1.
+# Standard errors that the median of scattered ratios must be away from 1.
 SCATTER_ERRORS = 2.0
+# Of normal values: standard error of the median over that of the mean; standard deviation over median absolute deviation.
+MEDIAN_ERROR, DEVIATION_OF_MAD = 1.2533, 1.4826
 
 SHAPE_KEYS = ("kernel", "batch", "seq_len_q", "num_heads_q", "seq_len_k_mean", "varlen", "causal", "page_size", "dtype")
 VERDICT_STYLE = {"slower": "bold red", "faster": "bold green", "no change": "dim"}
@@ -69,14 +73,13 @@ def _change(first: tuple[float, float, float], second: tuple[float, float, float
 
 
 def overall(changes: Sequence[Change]) -> Change:
-    """The geometric mean of the ratios, weighted by how quiet the rows are, and its noise."""
-    weights = [1 / (change.noise ** 2 + LEAST ** 2) for change in changes]
-    total = sum(weights)
+    """The median of the ratios, and its noise."""
     logs = [math.log(change.ratio) for change in changes]
-    mean = sum(weight * log for weight, log in zip(weights, logs, strict=True)) / total
-    from_spread = math.sqrt(sum((weight * change.noise) ** 2 for weight, change in zip(weights, changes, strict=True))) / total
-    from_scatter = SCATTER_ERRORS * math.sqrt(sum((weight * (log - mean)) ** 2 for weight, log in zip(weights, logs, strict=True))) / total
-    return Change(math.exp(mean), max(from_spread, from_scatter))
+    middle = statistics.median(logs)
+    error = MEDIAN_ERROR / math.sqrt(len(logs))
+    from_spread = error * statistics.median(change.noise for change in changes)
+    from_scatter = SCATTER_ERRORS * error * DEVIATION_OF_MAD * statistics.median(abs(log - middle) for log in logs)
+    return Change(math.exp(middle), max(from_spread, from_scatter))
 
 
 def _indexed(document: Results) -> dict[tuple[object, ...], Row]:
@@ -127,7 +130,7 @@ def print_comparison(first: Results, second: Results, console: Console) -> str:
         console.print(line)
     counts = Counter(change.verdict for _, _, change in result.rows)
     counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICT_STYLE if counts[verdict])
-    console.print(f"[{VERDICT_STYLE[result.verdict]}]{result.verdict}[/]: geometric mean {result.overall.ratio:.3f} "
+    console.print(f"[{VERDICT_STYLE[result.verdict]}]{result.verdict}[/]: median ratio {result.overall.ratio:.3f} "
                   f"±{max(result.overall.noise, LEAST):.1%} over {len(result.rows)} rows ({counted})")
     return result.verdict
 

@@ -22,8 +22,8 @@ from perf.peers import CPU_PEERS, GPU_PEERS, PEERS, Peer
 from perf.peers.base import one_line
 from perf.timer import MIN_SAMPLES, Call, CudaTimer, HostTimer, Timer, first_call, host_us, interleave, spread
 
-# A contender that takes longer is left out: twenty samples of it would be the run.
-PEER_CAP_US = 60_000.0
+# A peer that takes longer on a GPU, or on a CPU, is left out: twenty samples of it would be the run.
+PEER_CAP_US, CPU_PEER_CAP_US = 60_000.0, 1_000_000.0
 TUNING_SAMPLES = 3
 PART_SAMPLES = 10
 # The device is kept busy for so much longer than the host took for a call when it was asked alone.
@@ -76,6 +76,10 @@ class Run:
     @property
     def on_gpu(self) -> bool:
         return self.backend != "cpu"
+
+    @property
+    def peer_cap_us(self) -> float:
+        return PEER_CAP_US if self.on_gpu else CPU_PEER_CAP_US
 
 
 def start(backend: str = "auto", peer_names: Sequence[str] | None = None, samples: int = MIN_SAMPLES) -> Run:
@@ -131,8 +135,8 @@ def new_document(run: Run, commit: str | None = None) -> results.Results:
     peers = {f"peer {name}": peer.version() for name, peer in run.peers.items()}
     peers |= {f"peer {name}": f"absent: {why}" for name, why in run.absent.items()}
     device = machine.describe_gpu() if run.on_gpu else machine.describe_cpu()
-    device["clocks_before"] = _clocks(run)
-    device["power_limit_w"] = device["clocks_before"].get("power_limit_w")
+    device["before"] = _clocks(run)
+    device["power_limit_w"] = device["before"].get("power_limit_w")
     return {"device": device, "versions": machine.versions() | peers, "commit": commit or machine.commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "ceilings": ceilings.measure(run.timer), "rows": []}
@@ -178,7 +182,7 @@ def measure(run: Run, cases: Iterable[Case], path: str | Path, *, time_limit: fl
         results.append(path, row)
         report(case.name)
     document = results.load(path)
-    document["device"]["clocks_after"] = _clocks(run)
+    document["device"]["after"] = _clocks(run)
     document["device"]["seconds"] = round(time.perf_counter() - begin, 1)
     results.write(path, document)
     return document, failures
@@ -226,7 +230,7 @@ def _free_memory(run: Run) -> None:
 
 
 def _our_contenders(run: Run, inputs: Inputs, gate: Gate) -> dict[str, Contender]:
-    """With a plan made before, as the peers' metadata are; and planning for itself, where the plan is not a case's own."""
+    """With a plan made before, as the peers' metadata are; on a GPU also planning for itself, where the plan is not a case's own."""
     case = inputs.case
 
     def make_plan() -> Any:
@@ -245,7 +249,7 @@ def _our_contenders(run: Run, inputs: Inputs, gate: Gate) -> dict[str, Contender
         raise GateError(planned)
     planned.first_s = time.perf_counter() - begin
     contenders = {OURS: planned}
-    if case.num_workers is None:
+    if run.on_gpu and case.num_workers is None:
         unplanned = _admitted(run, lambda: decode(None), lambda raw: raw, gate)
         if isinstance(unplanned, str):
             raise GateError(f"without a plan: {unplanned}")
@@ -287,7 +291,7 @@ def _peer_contender(run: Run, peer: Peer, inputs: Inputs, gate: Gate) -> Contend
     reasons: dict[str, str] = {}
     for variant in variants:
         try:
-            admitted = _admitted(run, peer.prepare(inputs, variant), lambda raw: peer.result(raw, inputs), gate, PEER_CAP_US)
+            admitted = _admitted(run, peer.prepare(inputs, variant), lambda raw: peer.result(raw, inputs), gate, run.peer_cap_us)
         except Exception as error:
             admitted = f"failed: {one_line(error)}"
         if isinstance(admitted, Contender):
@@ -343,7 +347,7 @@ def traced_launches(backend: str) -> Iterator[list[tuple[str, Any, Any]]]:
 
 def _parts(run: Run, unplanned: Contender | None, lead_us: float) -> dict[str, float]:
     """Medians of our kernels' own times, by events around each; none where the backend launches in another way."""
-    if unplanned is None or not run.on_gpu:
+    if unplanned is None:
         return {}
     times: dict[str, list[float]] = {}
     for _ in range(PART_SAMPLES):

@@ -24,6 +24,7 @@ from perf.cases import Case
 pytestmark = pytest.mark.l0
 
 SAMPLE = Path(__file__).parent / "data" / "perf_sample.json"
+RESULTS = Path(compare.__file__).parent / "results"
 H200 = datasheet.MEASURED_H200
 
 
@@ -455,3 +456,18 @@ def test_sanitize_runs_every_tool(monkeypatch, capsys, codes, status):
 
 def test_sample_says_that_it_is_one():
     assert "invented" in json.loads(SAMPLE.read_text())["device"]["note"]
+
+
+def test_runs_on_an_h200_compare_as_they_should():
+    """Two runs of one suite; and one with simt told of 125 SMs instead of 132, which makes it 5% slower, one small batch by half."""
+    first, second, slowed = (results.load(RESULTS / f"h200_quick_{name}.json") for name in ("1", "2", "slow"))
+    assert compare.compare(first, second).verdict == "no change"
+    comparison = compare.compare(first, slowed)
+    assert comparison.verdict == "slower" and comparison.peers["flashmla"].verdict == "no change"
+
+
+def test_stored_results_keep_the_schema():
+    stored = sorted(RESULTS.glob("*.json"))
+    assert stored
+    for path in stored:
+        results.validate(results.load(path))

@@ -1,7 +1,11 @@
 """perf's measuring side without a GPU: what is in the suites, what the timer does with a clock, what the gate stops, the cpu mode whole."""
 
+# Peers that are made up here have the methods of all, whether they need their arguments or not.
+# ruff: noqa: ARG002
+
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +93,8 @@ def test_cases_can_be_found_and_decoded(name):
 @pytest.mark.parametrize("spread", ["equal", "normal", "uniform", "bimodal", "giant", "step2"])
 def test_lengths_of_every_spread_have_the_mean(spread):
     lengths = cases.spread_lengths(spread, 128, 4096)
-    assert abs(sum(lengths) - 128 * 4096) <= 8
+    assert sum(lengths) == 128 * 4096
+    assert min(lengths) >= 1
     assert len(set(lengths)) == 1 if spread == "equal" else len(set(lengths)) > 1
     assert lengths == cases.spread_lengths(spread, 128, 4096)
     if spread == "step2":
@@ -229,7 +234,7 @@ def test_gate_lets_a_right_result_pass(small):
 
 @pytest.mark.parametrize(("change", "names"), [
     (lambda out, lse: (out * 1.02, lse), "out"),
-    (lambda out, lse: (out, lse + 1e-3), "lse"),
+    (lambda out, lse: (out, lse + 1e-2), "lse"),
     (lambda out, lse: (np.where(np.arange(3)[:, None, None, None] == 1, np.float32(math.nan), out), lse), "out of request 1"),
     (lambda out, lse: (out[::-1], lse), "out"),
 ], ids=["scaled", "lse", "nan", "requests swapped"])
@@ -260,9 +265,6 @@ def test_only_right_peers_get_a_time():
         def supports(self, case):
             return "not my kind"
 
-    class Slow(NumpyWay):
-        pass
-
     class Varied(NumpyWay):
         def variants(self, case):
             return ("bad", "good")
@@ -288,13 +290,13 @@ def test_slow_peers_are_left_out():
     class Slow(FakeTimer):
         def sample(self, call, lead_us=0.0, before=None):
             super().sample(call, lead_us, before)
-            return lambda: 2 * measure.PEER_CAP_US
+            return lambda: 2 * measure.CPU_PEER_CAP_US
 
     run = a_run(slow=NumpyWay())
     run.timer = Slow()
     row = measure.measure_case(run, SMALL, LIMITS)
     assert row["peers_us"]["slow"] is None
-    assert row["peers_note"]["slow"] == "skipped: 120 ms a call"
+    assert row["peers_note"]["slow"] == "skipped: 2000 ms a call"
 
 
 def test_a_choice_of_variant_is_kept():
@@ -335,7 +337,7 @@ def test_kernels_are_timed_one_by_one(monkeypatch):
 
     class Kernel:
         def __init__(self, name):
-            self.py_func = type("f", (), {"__name__": name})
+            self.py_func = SimpleNamespace(__name__=name)
 
         def __call__(self, *arguments):
             launched.append(arguments)
@@ -358,7 +360,7 @@ def test_kernels_are_timed_one_by_one(monkeypatch):
     from mla_numba.host import simt
 
     def call():
-        for name in ("build_schedule", "simt_decode", "simt_merge", "simt_merge_states"[:10]):
+        for name in ("build_schedule", "simt_decode", "simt_merge"):
             simt.configured(Kernel(name), 1, 2, 0)()
 
     run = a_run()
@@ -406,7 +408,8 @@ def quick_machine(monkeypatch):
     monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 512)
 
 
-def test_cpu_mode_from_end_to_end(quick_machine, tmp_path, capsys):
+@pytest.mark.usefixtures("quick_machine")
+def test_cpu_mode_from_end_to_end(tmp_path, capsys):
     path = tmp_path / "cpu.json"
     assert main(["--backend", "cpu", "--suite", "smoke", "--out", str(path), "--commit", "0123abc"]) == 0
     document = results.load(path)
@@ -417,14 +420,14 @@ def test_cpu_mode_from_end_to_end(quick_machine, tmp_path, capsys):
     for row in document["rows"]:
         assert len(row["samples_us"]) == timer.MIN_SAMPLES
         assert row["peers_us"]["numpy"] > 0
-        assert row["kernel_us"]["unplanned_us"] > 0
     printed = capsys.readouterr().out
     assert "2 rows in" in printed
     assert main(["compare", str(path), str(path)]) == 0
     assert "no change" in capsys.readouterr().out
 
 
-def test_a_run_stops_between_cases_when_time_is_up(quick_machine, tmp_path, capsys):
+@pytest.mark.usefixtures("quick_machine")
+def test_a_run_stops_between_cases_when_time_is_up(tmp_path, capsys):
     path = tmp_path / "none.json"
     assert main(["--backend", "cpu", "--suite", "smoke", "--out", str(path), "--peers", "none", "--time-limit", "0"]) == 0
     assert results.load(path)["rows"] == []
