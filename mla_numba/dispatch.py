@@ -11,7 +11,7 @@ from .errors import BackendUnavailable
 from .validate import require_choice
 
 # A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states.
-_MODULES = {"simt": "mla_numba.host.simt", "cpu": "mla_numba.host.cpu"}
+_MODULES = {"hopper": "mla_numba.host.hopper", "simt": "mla_numba.host.simt", "cpu": "mla_numba.host.cpu"}
 
 
 def backend_module(name: str) -> ModuleType:

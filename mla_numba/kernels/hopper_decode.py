@@ -1,0 +1,761 @@
+"""Dense MLA decode for Hopper: TMA, wgmma, and two warpgroups that take turns between the tensor core and the exponentials.
+
+A thread block attends 64 packed query rows to pairs of 64-token blocks. Two consumer warpgroups hold O between them, left and right;
+a third brings the tiles. With even block j, odd block j + 1:
+
+    warpgroup 0 (O left)   | mask, max, exp P0 | O_l += P0 V0_l | P0 to smem | O_l += P1 V1_l, S = Q K(j+2)      |
+    warpgroup 1 (O right)  |     S = Q K(j+1)        | mask, max, exp P1 | O_r += P1 V1_r, O_r += P0 V0_r | S = ... |
+    warpgroup 2, one warp  | TMA: K0 tiles 0-3, K1 tiles 4-8, K0 tiles 4-8, K1 tiles 0-3, each as its last reader is done |
+
+While one warpgroup exponentiates, the other one's products keep the tensor core busy ("seesaw"). A tile of V is a tile of K: the cache
+is read once. The running maximum goes 0 -> 1 -> 0 through max_smem, and only follows where a row grew by more than 2^8.
+
+    shared     Q 9 tiles | K0 9 tiles | K1 9 tiles | P0 1 tile | max, scales, sums, pieces, mbarriers    tile = 64 rows x 128 bytes
+               P1 lies in Q's tile 8, which both warpgroups keep in registers (q8_rmem)
+    registers  consumers 232: O 128, S 32, P 16, Q tile 8 16, the rest addresses; producer 40
+
+Who waits for whom (see the table in docs/kernel.md; one line each where it happens):
+
+    full[buffer][tile]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use
+    empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0 is tiles 0-3, side 1 is tiles 4-8
+    q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
+    P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS    named barriers of the 256 consumers
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from .. import ptx
+from ..contract import HEAD_DIM_QK, HEAD_DIM_V, LN_2
+from ..scheduler import (
+    BEGIN_BLOCK,
+    BEGIN_JOB,
+    BEGIN_SPLIT,
+    END_BLOCK,
+    END_JOB,
+    JOB_COLUMNS,
+    JOB_NUM_BLOCKS,
+    JOB_Q_BATCH,
+    JOB_Q_BEGIN,
+    JOB_Q_LEN,
+    JOB_REQUEST,
+    JOB_ROW_BEGIN,
+    JOB_SEQ_LEN,
+    WORKER_COLUMNS,
+)
+from .schedule import piece_end, slot_of
+
+i32, u32, u64, f32 = np.int32, np.uint32, np.uint64, np.float32
+
+inline = cuda.jit(device=True, forceinline=True, fastmath=True)
+
+# Below any score, and finite, so that a difference of two is a number.
+NO_SCORE = f32(-1e30)
+MINUS_INFINITY = f32(-np.inf)
+# The maximum may lag so many powers of two behind: P stays below 2^8, exact after the division by the sum.
+MAX_LAG = f32(8)
+
+BLOCK_M = 64                            # query rows of a thread block: the M of wgmma
+BLOCK_N = 64                            # tokens of a step: rows of a tile
+TILE_COLUMNS = 64                       # 128 bytes of 16-bit elements: the width of the swizzle
+TILE_BYTES = 64 * 128
+NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
+LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpgroup 0; the others by warpgroup 1
+NUM_CONSUMERS = 256
+NUM_THREADS = 384
+
+# Named barriers; 0 is syncthreads.
+P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6
+
+# Shared memory, bytes from a multiple of 1,024.
+Q_SMEM = 0
+K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES
+K1_SMEM = K0_SMEM + NUM_TILES * TILE_BYTES
+P0_SMEM = K1_SMEM + NUM_TILES * TILE_BYTES
+P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES
+MAX_SMEM = P0_SMEM + TILE_BYTES
+SCALE0_SMEM = MAX_SMEM + 4 * BLOCK_M
+SCALE1_SMEM = SCALE0_SMEM + 4 * BLOCK_M
+SUM_SMEM = SCALE1_SMEM + 4 * BLOCK_M
+PIECE_SMEM = SUM_SMEM + 2 * 4 * BLOCK_M
+PIECE_BYTES = 64
+FULL_SMEM = PIECE_SMEM + 2 * PIECE_BYTES
+EMPTY_SMEM = FULL_SMEM + 2 * NUM_TILES * 8
+Q_FULL_SMEM = EMPTY_SMEM + 2 * 2 * 8
+Q_EMPTY_SMEM = Q_FULL_SMEM + 8
+SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
+
+# A piece, as the producer describes it to the consumers: int32 words of piece_smem.
+PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN, PIECE_ROW_BEGIN = (
+    4 * word for word in range(8))
+END_OF_WORK = -1
+NOT_SPLIT = -1
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """What one compiled kernel is made for."""
+
+    dtype: str
+    page_size: int
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens of a TMA box: a page, or a block's part of it."""
+        return min(self.page_size, BLOCK_N)
+
+    @property
+    def pages_per_block(self) -> int:
+        return BLOCK_N // self.box_rows
+
+
+def decode_signature() -> types.Type:
+    """Types of the kernel's arguments, in the order of `hopper_decode`'s."""
+    table, i, f = types.CPointer(types.int32), types.int32, types.float32
+    stride = types.int64
+    return types.void(types.uint64, types.uint64, types.uint64, stride, stride, i, table, table, table, types.uint64, stride, stride, stride,
+                      types.uint64, stride, stride, stride, types.uint64, types.uint64, i, i, i, i, f, f)
+
+
+@cache
+def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
+    """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
+    PAGE_SIZE, BOX_ROWS, PAGES_PER_BLOCK = config.page_size, config.box_rows, config.pages_per_block
+    BOX_BYTES = BOX_ROWS * 128
+
+    wgmma_qk = ptx.make_wgmma(64, config.dtype)
+    wgmma_qk_rmem = ptx.make_wgmma(64, config.dtype, a_in_registers=True)
+    wgmma_pv = ptx.make_wgmma(256, config.dtype, b_transposed=True)
+    wgmma_pv_rmem = ptx.make_wgmma(256, config.dtype, a_in_registers=True, b_transposed=True)
+    wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))
+    o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
+    consumer_registers, producer_registers = ptx.make_setmaxnreg("inc", 232), ptx.make_setmaxnreg("dec", 40)
+    to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
+    K_MAJOR, MN_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR), u64(ptx.DESCRIPTOR_MN_MAJOR)
+    L2_POLICY = u64(ptx.EVICT_FIRST)
+
+    # ---------------------------------------------------------------------------------------------------------------- producer
+
+    @inline
+    def load_page_ids(block_table, column_stride, first, num_entries, lane):
+        """This lane's page of the 32 from `first` on; -1, which TMA reads as zeros, past what the request uses."""
+        page = i32(-1)
+        if first + lane < num_entries:
+            page = ptx.ld_global_i32(block_table + u64(i32(first + lane) * column_stride))
+        return page
+
+    @inline
+    def load_tiles(base, buffer, side, tile_begin, tile_end, use, kv_map, kv_head, row, pages, lane):
+        """Wait until the last reader of these tiles is done with their former use, then fill them."""
+        # 4 warps of warpgroup `side` arrived; phase `use` - 1, so that the first use does not wait.
+        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (use & u32(1)) ^ u32(1))
+        if lane == 0:
+            for tile in range(tile_begin, tile_end):
+                full = base + u32(FULL_SMEM + (buffer * NUM_TILES + tile) * 8)
+                # The only arrival; the phase completes with the tile's last byte.
+                ptx.mbarrier_arrive_expect_tx(full, u32(TILE_BYTES))
+                for box in range(PAGES_PER_BLOCK):
+                    ptx.tma_load_4d(base + u32(K0_SMEM + buffer * NUM_TILES * TILE_BYTES + tile * TILE_BYTES + box * BOX_BYTES), kv_map, full,
+                                    i32(tile * TILE_COLUMNS), i32(row), i32(kv_head), i32(pages[box]), L2_POLICY)
+
+    @inline
+    def block_pages(pages, window_pages, block, window_first):
+        """The pages of a block, from the window that the lanes of the warp hold."""
+        for box in range(PAGES_PER_BLOCK):
+            if PAGES_PER_BLOCK == 1:
+                entry = block * BLOCK_N // PAGE_SIZE
+            else:
+                entry = block * PAGES_PER_BLOCK + box
+            pages[box] = cuda.shfl_sync(0xFFFFFFFF, window_pages, entry - window_first)
+
+    @inline
+    def produce_q(base, q_map, piece, num_blocks, begin_block, seq_len, slot, jobs, job, row_begin, heads_per_kv, kv_head, lane):
+        """Describe the piece, and load its rows of Q."""
+        # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
+        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), (u32(piece) & u32(1)) ^ u32(1))
+        if lane == 0:
+            words = base + u32(PIECE_SMEM) + (u32(piece) & u32(1)) * u32(PIECE_BYTES)
+            ptx.st_shared_i32(words + u32(PIECE_NUM_BLOCKS), num_blocks)
+            ptx.st_shared_i32(words + u32(PIECE_BEGIN_BLOCK), begin_block)
+            ptx.st_shared_i32(words + u32(PIECE_SEQ_LEN), seq_len)
+            ptx.st_shared_i32(words + u32(PIECE_SLOT), slot)
+            ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), jobs[job * JOB_COLUMNS + JOB_Q_BATCH])
+            ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), jobs[job * JOB_COLUMNS + JOB_Q_BEGIN])
+            ptx.st_shared_i32(words + u32(PIECE_Q_LEN), jobs[job * JOB_COLUMNS + JOB_Q_LEN])
+            ptx.st_shared_i32(words + u32(PIECE_ROW_BEGIN), row_begin)
+            if num_blocks > 0:
+                # The only arrival; completes with Q's last byte, and releases the words above.
+                ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES))
+                row = jobs[job * JOB_COLUMNS + JOB_Q_BEGIN] * heads_per_kv + row_begin
+                for tile in range(NUM_TILES):
+                    ptx.tma_load_4d(base + u32(Q_SMEM + tile * TILE_BYTES), q_map, base + u32(Q_FULL_SMEM), i32(tile * TILE_COLUMNS), i32(row),
+                                    i32(kv_head), i32(jobs[job * JOB_COLUMNS + JOB_Q_BATCH]), L2_POLICY)
+            else:
+                ptx.mbarrier_arrive(base + u32(Q_FULL_SMEM))
+
+    @inline
+    def produce(base, lane, q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
+                heads_per_kv, split_blocks):
+        """Walk the worker's pieces; keep both buffers as full as their readers allow."""
+        tile_idx, worker, kv_head = i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
+        pages = cuda.local.array(PAGES_PER_BLOCK, types.int32)
+        piece = i32(0)
+        use0 = u32(0)
+        use1 = u32(0)
+        begin_job, end_job = workers[worker * WORKER_COLUMNS + BEGIN_JOB], workers[worker * WORKER_COLUMNS + END_JOB]
+        for job in range(begin_job, end_job + 1):
+            block, split, end_block = i32(0), i32(0), jobs[job * JOB_COLUMNS + JOB_NUM_BLOCKS]
+            if job == begin_job:
+                block, split = workers[worker * WORKER_COLUMNS + BEGIN_BLOCK], workers[worker * WORKER_COLUMNS + BEGIN_SPLIT]
+            if job == end_job:
+                end_block = workers[worker * WORKER_COLUMNS + END_BLOCK]
+            row_begin = jobs[job * JOB_COLUMNS + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
+            seq_len = jobs[job * JOB_COLUMNS + JOB_SEQ_LEN]
+            num_entries = min(max_pages, (seq_len + PAGE_SIZE - 1) // PAGE_SIZE)
+            table = block_table + u64(i32(jobs[job * JOB_COLUMNS + JOB_REQUEST]) * table_row_stride)
+            is_split = num_splits[job + 1] - num_splits[job] > 1
+            more = row_begin < jobs[job * JOB_COLUMNS + JOB_Q_LEN] * heads_per_kv
+            while more:
+                stop = piece_end(block, end_block, split_blocks)
+                slot = i32(slot_of(num_splits, job, split)) if is_split else i32(NOT_SPLIT)
+                window_first = i32(block * BLOCK_N // PAGE_SIZE) & i32(-32)
+                window = load_page_ids(table, table_column_stride, window_first, num_entries, lane)
+                next_window = load_page_ids(table, table_column_stride, window_first + 32, num_entries, lane)
+                for pair in range(block, stop, 2):
+                    if pair * BLOCK_N // PAGE_SIZE >= window_first + 32:
+                        window_first += 32
+                        window = next_window
+                        next_window = load_page_ids(table, table_column_stride, window_first + 32, num_entries, lane)
+                    block_pages(pages, window, pair, window_first)
+                    row = pair * BLOCK_N % PAGE_SIZE
+                    load_tiles(base, 0, 0, 0, LEFT_TILES, use0, kv_map, kv_head, row, pages, lane)
+                    if pair == block:
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
+                        produce_q(base, q_map, piece, i32(stop - block), i32(block), i32(seq_len), slot, jobs, job, row_begin, heads_per_kv,
+                                  kv_head, lane)
+                        piece += 1
+                    if pair + 1 < stop:
+                        # An odd block begins a new window only where a block is 32 pages or the window's first block is odd.
+                        odd_first, odd_window = window_first, window
+                        if (pair + 1) * BLOCK_N // PAGE_SIZE >= window_first + 32:
+                            odd_first, odd_window = window_first + 32, next_window
+                        odd_pages = cuda.local.array(PAGES_PER_BLOCK, types.int32)
+                        block_pages(odd_pages, odd_window, pair + 1, odd_first)
+                        odd_row = (pair + 1) * BLOCK_N % PAGE_SIZE
+                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
+                        if pair > block:
+                            load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
+                        load_tiles(base, 1, 0, 0, LEFT_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
+                        use1 += u32(1)
+                    elif pair > block:
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
+                    use0 += u32(1)
+                if stop <= block:
+                    produce_q(base, q_map, piece, i32(0), i32(block), i32(seq_len), slot, jobs, job, row_begin, heads_per_kv, kv_head, lane)
+                    piece += 1
+                split += 1
+                block = stop
+                more = block < end_block
+        # 8 consumer warps arrived, done with the last piece.
+        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), (u32(piece) & u32(1)) ^ u32(1))
+        if lane == 0:
+            ptx.st_shared_i32(base + u32(PIECE_SMEM + PIECE_NUM_BLOCKS) + (u32(piece) & u32(1)) * u32(PIECE_BYTES), i32(END_OF_WORK))
+            ptx.mbarrier_arrive(base + u32(Q_FULL_SMEM))
+
+    # --------------------------------------------------------------------------------------------------------------- consumers
+
+    @inline
+    def release(mbar, lane):
+        """This warp is done with what `mbar` guards; 4 or 8 warps make the phase."""
+        if lane == 0:
+            ptx.mbarrier_arrive(mbar)
+
+    @inline
+    def load_q8(q8_rmem, base, thread):
+        """Q's last tile to registers, as wgmma's A; its place becomes P1's."""
+        lane = thread & u32(31)
+        row = (thread >> u32(5)) * u32(16) + (lane & u32(15))
+        for k in range(4):
+            chunk = u32(2 * k) + (lane >> u32(4))
+            ptx.ldmatrix_x4(q8_rmem, 4 * k, base + u32(P1_SMEM) + row * u32(128) + ((chunk ^ (row & u32(7))) << u32(4)))
+
+    @inline
+    def qk_tile(s_rmem, base, k_smem, full, tile, parity, accumulate):
+        """S += Q K^T over the 64 dims of a tile of shared memory."""
+        # Producer's TMA of this tile; `parity` of the buffer's use.
+        ptx.mbarrier_wait_parity(full + u32(tile * 8), parity)
+        q_desc = K_MAJOR | u64((base + u32(Q_SMEM)) >> u32(4))
+        k_desc = K_MAJOR | u64(k_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(4):
+            wgmma_qk(s_rmem, q_desc + u64(tile * (TILE_BYTES >> 4) + k * 2), k_desc + u64(tile * (TILE_BYTES >> 4) + k * 2),
+                     u32(1) if k > 0 else u32(accumulate))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def qk_last_tile(s_rmem, q8_rmem, k_smem, full, parity):
+        """S += Q K^T over the last 64 dims, with Q from registers."""
+        ptx.mbarrier_wait_parity(full + u32((NUM_TILES - 1) * 8), parity)
+        k_desc = K_MAJOR | u64(k_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(4):
+            wgmma_qk_rmem(s_rmem, q8_rmem[4 * k], q8_rmem[4 * k + 1], q8_rmem[4 * k + 2], q8_rmem[4 * k + 3],
+                          k_desc + u64((NUM_TILES - 1) * (TILE_BYTES >> 4) + k * 2), u32(1))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def pv_rmem(o_rmem, p_rmem, v_smem):
+        """O += P V, P from registers."""
+        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(4):
+            wgmma_pv_rmem(o_rmem, p_rmem[4 * k], p_rmem[4 * k + 1], p_rmem[4 * k + 2], p_rmem[4 * k + 3], v_desc + u64(k * 128), u32(1))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def pv_smem(o_rmem, p_smem, v_smem):
+        """O += P V, P from shared memory: the other warpgroup's."""
+        p_desc = K_MAJOR | u64(p_smem >> u32(4))
+        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(4):
+            wgmma_pv(o_rmem, p_desc + u64(k * 2), v_desc + u64(k * 128), u32(1))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def row_max(s_rmem, half):
+        """Maximum of this thread's row `half` of S, over the 4 threads that share it."""
+        value = max(s_rmem[2 * half], s_rmem[2 * half + 1])
+        for i in range(1, 8):
+            value = max(value, max(s_rmem[4 * i + 2 * half], s_rmem[4 * i + 2 * half + 1]))
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 1))
+        return max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 2))
+
+    @inline
+    def exp_row(s_rmem, half, scale_log2e, row_maximum):
+        """S = 2^(S scale - max) of a row; returns this thread's part of its sum."""
+        total = f32(0)
+        for i in range(8):
+            a = ptx.ex2(s_rmem[4 * i + 2 * half] * scale_log2e - row_maximum)
+            b = ptx.ex2(s_rmem[4 * i + 2 * half + 1] * scale_log2e - row_maximum)
+            s_rmem[4 * i + 2 * half] = a
+            s_rmem[4 * i + 2 * half + 1] = b
+            total += a + b
+        return total
+
+    @inline
+    def lagging_max(old, new):
+        return old if new <= old + MAX_LAG else new
+
+    @inline
+    def rescale(o_rmem, factor_a, factor_b):
+        """O *= factor, by row; most often no row of the warp needs it."""
+        if cuda.any_sync(0xFFFFFFFF, factor_a != f32(1) or factor_b != f32(1)):
+            for i in range(32):
+                o_rmem[4 * i] *= factor_a
+                o_rmem[4 * i + 1] *= factor_a
+                o_rmem[4 * i + 2] *= factor_b
+                o_rmem[4 * i + 3] *= factor_b
+
+    @inline
+    def pack(p_rmem, s_rmem, factor_a, factor_b):
+        """P as wgmma's A, 16-bit, from S's registers: the layouts of D and A agree."""
+        for i in range(8):
+            p_rmem[2 * i] = to_pair(s_rmem[4 * i + 1] * factor_a, s_rmem[4 * i] * factor_a)
+            p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3] * factor_b, s_rmem[4 * i + 2] * factor_b)
+
+    @inline
+    def store_p(p_rmem, p_smem, thread):
+        """P to shared memory in the swizzled layout; each warp its own 16 rows."""
+        lane = thread & u32(31)
+        row = (thread >> u32(5)) * u32(16) + (lane & u32(15))
+        for k in range(4):
+            chunk = u32(2 * k) + (lane >> u32(4))
+            ptx.stmatrix_x4(p_smem + row * u32(128) + ((chunk ^ (row & u32(7))) << u32(4)), p_rmem[4 * k], p_rmem[4 * k + 1],
+                            p_rmem[4 * k + 2], p_rmem[4 * k + 3])
+        # Before the barrier after which the other warpgroup's wgmma reads it.
+        ptx.fence_proxy_async_shared()
+
+    @inline
+    def mask(s_rmem, first_token, visible_a, visible_b, hidden, thread):
+        """Scores of tokens that a row does not see become `hidden`."""
+        token = first_token + i32((thread & u32(3)) * u32(2))
+        for i in range(8):
+            for c in range(2):
+                if token + i * 8 + c >= visible_a:
+                    s_rmem[4 * i + c] = hidden
+                if token + i * 8 + c >= visible_b:
+                    s_rmem[4 * i + 2 + c] = hidden
+
+    @inline
+    def zero_tail(k_smem, num_tokens, thread, barrier_idx):
+        """Zero the rows of V past the request's end, where the cache may hold NaN, which even P = 0 would let through."""
+        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.
+        ptx.bar_sync(u32(barrier_idx), u32(128))
+        for row in range(num_tokens + i32(thread >> u32(6)), BLOCK_N, 2):
+            chunk = thread & u32(63)
+            ptx.st_shared_v4(k_smem + (chunk >> u32(3)) * u32(TILE_BYTES) + u32(row) * u32(128) + ((chunk & u32(7)) << u32(4)), u32(0), u32(0),
+                             u32(0), u32(0))
+        ptx.fence_proxy_async_shared()
+        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.
+        ptx.bar_sync(u32(barrier_idx), u32(128))
+
+    @inline
+    def hide_unseen(s_rmem, k_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, barrier_idx):
+        """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
+        if first_token + BLOCK_N > all_see:
+            mask(s_rmem, first_token, visible_a, visible_b, hidden, thread)
+            if first_token + BLOCK_N > seq_len:
+                zero_tail(k_smem, seq_len - first_token, thread, barrier_idx)
+
+    @inline
+    def even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, first_token, all_see,
+                  seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
+        """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block."""
+        base = ptx.opaque_b32(base)
+        k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
+        hide_unseen(s_rmem, k0_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, WARPGROUP)
+        old_a, old_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
+        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e)
+        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e)
+        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
+        cuda.syncwarp()
+        if thread & u32(3) == 0:
+            ptx.st_shared_f32(row_smem + u32(MAX_SMEM), max_a)
+            ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), max_b)
+            ptx.st_shared_f32(row_smem + u32(SCALE0_SMEM), scale_a)
+            ptx.st_shared_f32(row_smem + u32(SCALE0_SMEM + 32), scale_b)
+        rescale(o_rmem, scale_a, scale_b)
+        sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
+        sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
+        pack(p_rmem, s_rmem, f32(1), f32(1))
+        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.
+        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))
+        o_fence(o_rmem)
+        p_fence(p_rmem)
+        pv_rmem(o_rmem, p_rmem, k0_smem)
+        wait_all()
+        o_fence(o_rmem)
+        p_fence(p_rmem)
+        release(base + u32(EMPTY_SMEM + 0), lane)
+        # Warpgroup 1 arrives, warpgroup 0 waits: the maximum after the odd block; and that it no longer reads P0.
+        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))
+        scale_a, scale_b = ptx.ld_shared_f32(row_smem + u32(SCALE1_SMEM)), ptx.ld_shared_f32(row_smem + u32(SCALE1_SMEM + 32))
+        pack(p_rmem, s_rmem, scale_a, scale_b)
+        store_p(p_rmem, base + u32(P0_SMEM), thread)
+        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.
+        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))
+        if HAS_ODD:
+            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.
+            ptx.bar_sync(u32(P1_STORED), u32(NUM_CONSUMERS))
+            rescale(o_rmem, scale_a, scale_b)
+            sums_rmem[0] *= scale_a
+            sums_rmem[1] *= scale_b
+            o_fence(o_rmem)
+            pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem)
+        if HAS_NEXT:
+            full = base + u32(FULL_SMEM)
+            s_fence(s_rmem)
+            for tile in range(4):
+                qk_tile(s_rmem, base, k0_smem, full, tile, parity, tile > 0)
+            wait_all_but_4()
+            o_fence(o_rmem)
+            release(base + u32(EMPTY_SMEM + 16), lane)
+            for tile in range(4, NUM_TILES - 1):
+                qk_tile(s_rmem, base, k0_smem, full, tile, parity, True)
+            qk_last_tile(s_rmem, q8_rmem, k0_smem, full, parity)
+            wait_all()
+            s_fence(s_rmem)
+        elif HAS_ODD:
+            wait_all()
+            o_fence(o_rmem)
+            release(base + u32(EMPTY_SMEM + 16), lane)
+
+    @inline
+    def odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, first_token, all_see,
+                 seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
+        """Warpgroup 1: softmax of the odd block, O_right += P1 V1 + P0 V0, S of the next odd block."""
+        base = ptx.opaque_b32(base)
+        v0_smem, v1_smem = base + u32(K0_SMEM + LEFT_TILES * TILE_BYTES), base + u32(K1_SMEM + LEFT_TILES * TILE_BYTES)
+        k1_smem = base + u32(K1_SMEM)
+        new_a, new_b = NO_SCORE, NO_SCORE
+        if HAS_ODD:
+            hide_unseen(s_rmem, k1_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, WARPGROUP + 1)
+            new_a, new_b = row_max(s_rmem, 0) * scale_log2e, row_max(s_rmem, 1) * scale_log2e
+        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
+        ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
+        old_a, old_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
+        max_a, max_b = lagging_max(old_a, new_a), lagging_max(old_b, new_b)
+        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
+        both_a = scale_a * ptx.ld_shared_f32(row_smem + u32(SCALE0_SMEM))
+        both_b = scale_b * ptx.ld_shared_f32(row_smem + u32(SCALE0_SMEM + 32))
+        cuda.syncwarp()
+        if thread & u32(3) == 0:
+            ptx.st_shared_f32(row_smem + u32(MAX_SMEM), max_a)
+            ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), max_b)
+            ptx.st_shared_f32(row_smem + u32(SCALE1_SMEM), scale_a)
+            ptx.st_shared_f32(row_smem + u32(SCALE1_SMEM + 32), scale_b)
+        # Warpgroup 1 arrives, warpgroup 0 waits: the maximum after the odd block; P0's former use is over.
+        ptx.bar_arrive(u32(P1_MAX), u32(NUM_CONSUMERS))
+        sums_rmem[0] *= both_a
+        sums_rmem[1] *= both_b
+        if HAS_ODD:
+            sums_rmem[0] += exp_row(s_rmem, 0, scale_log2e, max_a)
+            sums_rmem[1] += exp_row(s_rmem, 1, scale_log2e, max_b)
+        rescale(o_rmem, both_a, both_b)
+        if HAS_ODD:
+            pack(p_rmem, s_rmem, f32(1), f32(1))
+            o_fence(o_rmem)
+            p_fence(p_rmem)
+            pv_rmem(o_rmem, p_rmem, v1_smem)
+            store_p(p_rmem, base + u32(P1_SMEM), thread)
+        else:
+            o_fence(o_rmem)
+        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.
+        ptx.bar_sync(u32(P0_STORED), u32(NUM_CONSUMERS))
+        pv_smem(o_rmem, base + u32(P0_SMEM), v0_smem)
+        if HAS_ODD:
+            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.
+            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))
+            wait_all_but_1()
+            p_fence(p_rmem)
+            release(base + u32(EMPTY_SMEM + 24), lane)
+        wait_all()
+        o_fence(o_rmem)
+        release(base + u32(EMPTY_SMEM + 8), lane)
+        if HAS_NEXT:
+            qk_odd(s_rmem, q8_rmem, base, parity)
+
+    @inline
+    def qk_odd(s_rmem, q8_rmem, base, parity):
+        """S of an odd block, its tiles in the order in which they come."""
+        k1_smem, full = base + u32(K1_SMEM), base + u32(FULL_SMEM + NUM_TILES * 8)
+        s_fence(s_rmem)
+        for tile in range(4, NUM_TILES - 1):
+            qk_tile(s_rmem, base, k1_smem, full, tile, parity, tile > 4)
+        qk_last_tile(s_rmem, q8_rmem, k1_smem, full, parity)
+        for tile in range(4):
+            qk_tile(s_rmem, base, k1_smem, full, tile, parity, True)
+        wait_all()
+        s_fence(s_rmem)
+
+    @inline
+    def qk_even(s_rmem, q8_rmem, base, parity):
+        """S of the first block of a piece."""
+        k0_smem, full = base + u32(K0_SMEM), base + u32(FULL_SMEM)
+        s_fence(s_rmem)
+        for tile in range(NUM_TILES - 1):
+            qk_tile(s_rmem, base, k0_smem, full, tile, parity, tile > 0)
+        qk_last_tile(s_rmem, q8_rmem, k0_smem, full, parity)
+        wait_all()
+        s_fence(s_rmem)
+
+    @inline
+    def attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, begin_block, num_blocks,
+                    all_see, seq_len, visible_a, visible_b, parity):
+        """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
+        qk_even(s_rmem, q8_rmem, base, parity)
+        parity ^= u32(1)
+        token = begin_block * i32(BLOCK_N)
+        left = num_blocks
+        while left > 2:
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                      visible_a, visible_b, parity, True, True)
+            parity ^= u32(1)
+            token += i32(2 * BLOCK_N)
+            left -= i32(2)
+        if left == 2:
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                      visible_a, visible_b, parity, True, False)
+        else:
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                      visible_a, visible_b, parity, False, False)
+        return parity
+
+    @inline
+    def attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, begin_block, num_blocks,
+                   all_see, seq_len, visible_a, visible_b, parity):
+        """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
+        token = begin_block * i32(BLOCK_N) + i32(BLOCK_N)
+        left = num_blocks
+        if left > 1:
+            qk_odd(s_rmem, q8_rmem, base, parity)
+            parity ^= u32(1)
+        while left > 3:
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                     visible_a, visible_b, parity, True, True)
+            parity ^= u32(1)
+            token += i32(2 * BLOCK_N)
+            left -= i32(2)
+        if left > 1:
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                     visible_a, visible_b, parity, True, False)
+            left -= i32(2)
+        if left == 1:
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+                     visible_a, visible_b, parity, False, False)
+        return parity
+
+    @inline
+    def visible_to(row, rows_of_request, seq_len, q_len, heads_per_kv, causal):
+        """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
+        if causal == 0 or row >= rows_of_request:
+            return seq_len
+        return seq_len - (q_len - i32(1) - row // heads_per_kv)
+
+    @inline
+    def store_row(o_rmem, half, factor, address, thread, to_partial):
+        """A row's columns of O that this thread holds, divided by the sum: to the result, or to a partial one."""
+        for i in range(32):
+            a, b = o_rmem[4 * i + 2 * half] * factor, o_rmem[4 * i + 2 * half + 1] * factor
+            if to_partial:
+                ptx.st_global_v2_f32(address + u64(i * 32), a, b)
+            else:
+                ptx.st_global_b32(address + u64(i * 16), to_pair(b, a))
+
+    @inline
+    def finish_row(o_rmem, half, total, row_maximum, row, rows_of_request, words, wg, thread, kv_head, heads_per_kv, out, out_batch_stride,
+                   out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial,
+                   rows_per_job, row_in_job, num_kv_heads, empty_lse):
+        """Result of one row: to `out` and `lse`, or, of a piece of a split job, to its slot of the workspace."""
+        if row < rows_of_request:
+            factor = f32(0)
+            if total > f32(0):
+                factor = f32(1) / total
+            column = wg * u32(HEAD_DIM_V // 2) + (thread & u32(3)) * u32(2)
+            slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
+            if slot >= 0:
+                part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(rows_per_job) + u64(row_in_job)
+                store_row(o_rmem, half, factor, o_partial + (part * u64(HEAD_DIM_V) + u64(column)) * u64(4), thread, True)
+                if wg == 0 and thread & u32(3) == 0:
+                    ptx.st_global_f32(lse2_partial + part * u64(4), row_maximum + math.log2(total) if total > f32(0) else MINUS_INFINITY)
+            else:
+                q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
+                token = ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + row // heads_per_kv
+                head = kv_head * heads_per_kv + row % heads_per_kv
+                address = out + u64(q_batch * out_batch_stride + token * out_token_stride + head * out_head_stride)
+                store_row(o_rmem, half, factor, address + u64(column * u32(2)), thread, False)
+                if wg == 0 and thread & u32(3) == 0:
+                    ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
+                                      (row_maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else empty_lse)
+
+    @inline
+    def consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
+                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, IS_EVEN):
+        """A warpgroup's walk over the pieces that the producer announces."""
+        lane = thread & u32(31)
+        kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
+        s_rmem, o_rmem = cuda.local.array(32, types.float32), cuda.local.array(128, types.float32)
+        p_rmem, q8_rmem = cuda.local.array(16, types.uint32), cuda.local.array(16, types.uint32)
+        sums_rmem = cuda.local.array(2, types.float32)
+        tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
+        hidden = MINUS_INFINITY if scale_log2e > f32(0) else -MINUS_INFINITY
+        parity = u32(0)
+        piece = u32(0)
+        while True:
+            base = ptx.opaque_b32(base)
+            row_smem = base + tile_row * u32(4)
+            # Producer arrives: the piece's words, and Q.
+            ptx.mbarrier_wait_parity(base + u32(Q_FULL_SMEM), piece & u32(1))
+            words = base + u32(PIECE_SMEM) + (piece & u32(1)) * u32(PIECE_BYTES)
+            num_blocks = ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS))
+            if num_blocks < 0:
+                break
+            for i in range(128):
+                o_rmem[i] = f32(0)
+            sums_rmem[0] = f32(0)
+            sums_rmem[1] = f32(0)
+            row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
+            q_len = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
+            rows_of_request = q_len * heads_per_kv
+            max_a, max_b = f32(0), f32(0)
+            if num_blocks > 0:
+                seq_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN))
+                begin_block = ptx.ld_shared_i32(words + u32(PIECE_BEGIN_BLOCK))
+                visible_a = visible_to(row_a, rows_of_request, seq_len, q_len, heads_per_kv, causal)
+                visible_b = visible_to(row_a + i32(8), rows_of_request, seq_len, q_len, heads_per_kv, causal)
+                # The first row of the tile sees least.
+                all_see = visible_to(row_a - i32(tile_row), rows_of_request, seq_len, q_len, heads_per_kv, causal)
+                load_q8(q8_rmem, base, thread)
+                if IS_EVEN:
+                    parity = attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden,
+                                         begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
+                else:
+                    parity = attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden,
+                                        begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
+                sum_a = sums_rmem[0] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[0], 1)
+                sum_a += cuda.shfl_xor_sync(0xFFFFFFFF, sum_a, 2)
+                sum_b = sums_rmem[1] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[1], 1)
+                sum_b += cuda.shfl_xor_sync(0xFFFFFFFF, sum_b, 2)
+                if thread & u32(3) == 0:
+                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM) + wg * u32(4 * BLOCK_M), sum_a)
+                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM + 32) + wg * u32(4 * BLOCK_M), sum_b)
+                # Both warpgroups arrive and wait: each other's sums, and the last maximum.
+                ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
+                sums_rmem[0] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M))
+                sums_rmem[1] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 32)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M + 32))
+                if IS_EVEN:
+                    max_a, max_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
+                    cuda.syncwarp()
+                    if thread & u32(3) == 0:
+                        ptx.st_shared_f32(row_smem + u32(MAX_SMEM), NO_SCORE)
+                        ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), NO_SCORE)
+            cuda.syncwarp()
+            # This warp is done with Q, P1 and, but for its words, the piece; the producer may load the next.
+            release(base + u32(Q_EMPTY_SMEM), lane)
+            row_in_job = row_a % rows_per_job
+            finish_row(o_rmem, 0, sums_rmem[0], max_a, row_a, rows_of_request, words, wg, thread, kv_head, heads_per_kv, out,
+                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
+                       o_partial, lse2_partial, rows_per_job, row_in_job, num_kv_heads, empty_lse)
+            finish_row(o_rmem, 1, sums_rmem[1], max_b, row_a + i32(8), rows_of_request, words, wg, thread, kv_head, heads_per_kv, out,
+                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
+                       o_partial, lse2_partial, rows_per_job, row_in_job + i32(8), num_kv_heads, empty_lse)
+            piece += u32(1)
+
+    def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
+                      out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
+                      o_partial, lse2_partial, rows_per_job, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
+        thread_idx = u32(cuda.threadIdx.x)
+        wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
+        base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
+        if thread_idx == 0:
+            ptx.prefetch_tensormap(q_map)
+            ptx.prefetch_tensormap(kv_map)
+            for i in range(2 * NUM_TILES):
+                ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
+            for i in range(4):
+                ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(4))
+            ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
+            ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(8))
+            ptx.fence_mbarrier_init()
+        if thread_idx < BLOCK_M:
+            ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
+        # All threads: the mbarriers and the first maximum are there.
+        cuda.syncthreads()
+        ptx.griddepcontrol_wait()
+        ptx.griddepcontrol_launch_dependents()
+        if wg == 2:
+            producer_registers()
+            if thread < 32:
+                if thread == 0:
+                    ptx.fence_proxy_tensormap_acquire(q_map)
+                    ptx.fence_proxy_tensormap_acquire(kv_map)
+                produce(base, i32(thread), q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers,
+                        num_splits, heads_per_kv, split_blocks)
+        elif wg == 0:
+            consumer_registers()
+            consume(base, u32(0), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
+                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, True)
+        else:
+            consumer_registers()
+            consume(base, u32(1), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
+                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, False)
+
+    return hopper_decode

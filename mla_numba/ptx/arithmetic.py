@@ -1,0 +1,18 @@
+"""Arithmetic that Numba has no name for."""
+
+from .instruction import f32, instruction, u32
+
+
+@instruction("ex2.approx.ftz.f32 <result>, <x>;", pure=True)
+def ex2(x: f32) -> f32:
+    """`ex2.approx.ftz`: 2^x within 2 units in the last place, 0 for -inf. PTX ISA 9.7.3.21."""
+
+
+@instruction("cvt.rn.bf16x2.f32 <result>, <high>, <low>;", pure=True)
+def cvt_bf16x2(high: f32, low: f32) -> u32:
+    """`cvt.rn.bf16x2.f32`: two floats to a pair of bfloat16, to nearest even. PTX ISA 9.7.9.21."""
+
+
+@instruction("cvt.rn.f16x2.f32 <result>, <high>, <low>;", pure=True)
+def cvt_f16x2(high: f32, low: f32) -> u32:
+    """`cvt.rn.f16x2.f32`: two floats to a pair of float16, to nearest even. PTX ISA 9.7.9.21."""

@@ -1,0 +1,26 @@
+"""Registers of a warpgroup, programmatic dependent launch."""
+
+from functools import cache
+from typing import Any
+
+from .instruction import instruction
+
+
+@cache
+def make_setmaxnreg(action: str, count: int) -> Any:
+    """The intrinsic for `action` "inc" or "dec" and `count` registers a thread, a multiple of 8."""
+    @instruction(f"setmaxnreg.{action}.sync.aligned.u32 {count};")
+    def setmaxnreg() -> None:
+        """`setmaxnreg`: by a warpgroup; gives registers back, or waits until there are so many. PTX ISA 9.7.19.5."""
+
+    return setmaxnreg
+
+
+@instruction("griddepcontrol.wait;")
+def griddepcontrol_wait() -> None:
+    """`griddepcontrol.wait`: waits until the grids before this one have ended and their memory is visible. PTX ISA 9.7.13.13."""
+
+
+@instruction("griddepcontrol.launch_dependents;")
+def griddepcontrol_launch_dependents() -> None:
+    """`griddepcontrol.launch_dependents`: the next grid may start once every block has said so or ended. PTX ISA 9.7.13.13."""
