@@ -172,7 +172,7 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     check_values = validate.require_flag(check_values, "check_values")
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan from plan_decode, got {type(plan).__name__}")
-    name = choose_backend(backend if plan is None or backend != "auto" else plan.backend, shape, q_view.device)
+    name = choose_backend(backend if plan is None or backend != "auto" else plan.backend, shape, q_view.device, kv_view)
     if plan is not None:
         _require_fitting(plan, name, shape, q_view)
     if check_values:
@@ -196,7 +196,7 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         else:
             unified_out, unified_lse = out_view, lse_view
         module = backend_module(name)
-        memory = _Memory(name, stream_int)
+        memory = _Memory(name, stream_int, getattr(module, "TAKES_DESCRIPTIONS", False))
         arguments = [memory.read(array) for array in (q_view, kv_view, table_view)]
         results = [memory.write(array) for array in (unified_out, unified_lse)]
         module.decode(shape, plan.schedule, *arguments, *results, scale, empty, stream_int)
@@ -273,8 +273,9 @@ def merge_states(states: Sequence[tuple[Any, Any]], *, empty_lse: str = "+inf", 
 class _Memory:
     """Brings arrays to where a backend reads them: as they are, or host arrays to the GPU and results back."""
 
-    def __init__(self, backend: str, stream: int):
+    def __init__(self, backend: str, stream: int, describe: bool = False):
         self._on_host = backend == "cpu"
+        self._describe = describe
         self._stream = stream
         self._results: list[tuple[np.ndarray, Any]] = []
         self._wait = False
@@ -285,9 +286,10 @@ class _Memory:
         if array.device is None:
             from numba import cuda
 
-            return cuda.to_device(np.ascontiguousarray(array.storage()))
+            copied = cuda.to_device(np.ascontiguousarray(array.storage()))
+            return view(copied, array.name) if self._describe else copied
         self._wait |= array.kind == "dlpack"
-        return array.device_storage()
+        return array if self._describe else array.device_storage()
 
     def write(self, array: ArrayView) -> Any:
         if self._on_host or array.device is not None:
@@ -297,7 +299,7 @@ class _Memory:
         host = array.storage()
         device = cuda.device_array(host.shape, host.dtype)
         self._results.append((host, device))
-        return device
+        return view(device, array.name) if self._describe else device
 
     def finish(self) -> None:
         """Copy results back; wait where the caller's library cannot know of our stream."""

@@ -5,6 +5,7 @@ from types import ModuleType
 
 from numba import cuda
 
+from .arrays import ArrayView
 from .config import DecodeShape
 from .contract import BACKENDS
 from .errors import BackendUnavailable
@@ -30,7 +31,7 @@ def available_backends() -> list[str]:
     return [name for name in BACKENDS if not unavailable(name)]
 
 
-def choose_backend(asked: str, shape: DecodeShape | None, device: int | None) -> str:
+def choose_backend(asked: str, shape: DecodeShape | None, device: int | None, kv_cache: ArrayView | None = None) -> str:
     """The backend for a call.
 
     Parameters
@@ -41,6 +42,8 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None) ->
         The call; None for calls that every backend takes, as `merge_states`.
     device : int or None
         CUDA ordinal of the arrays; None for host memory.
+    kv_cache : ArrayView, optional
+        The cache, where it is known: a backend may need it to lie in a certain way.
 
     Raises
     ------
@@ -53,6 +56,8 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None) ->
         why = unavailable(name)
         if not why and shape is not None:
             why = list(backend_module(name).unsupported(shape))
+            if kv_cache is not None and device is not None:
+                why += getattr(backend_module(name), "unsupported_layout", lambda _: [])(kv_cache)
         if name == "cpu" and device is not None:
             why.append(f"the arrays are on cuda:{device}, and it reads host memory")
         if asked == "auto" and name != "cpu" and cuda.config.ENABLE_CUDASIM:

@@ -1,4 +1,4 @@
-"""Backend `hopper`: TMA and wgmma kernels for compute capability 9.0. Arrays are Numba device arrays; bfloat16 is handed over as uint16."""
+"""Backend `hopper`: TMA and wgmma kernels for compute capability 9.0. Arrays are described, not wrapped: a launch packs addresses."""
 
 import struct
 import threading
@@ -12,18 +12,20 @@ from numba import cuda
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, INVARIANT_SPLIT_TOKENS, LOG2_E
 from . import simt
-from .launch import numba_stream
+from .launch import ArrayMemory, configured, numba_stream
 from .schedule import Schedule, make_device_schedule
 from .simt import merge_states as merge_states
 
 COMPUTE_CAPABILITY = (9, 0)
+# `decode` is given arrays as they are described, not as Numba device arrays.
+TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens; and the fewest blocks that are worth it.
 _OVERHEAD_BLOCKS = 2
 _MIN_SPLIT_BLOCKS = 2
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # ex2.approx flushes smaller ones, and 0 times the infinity that hides a token would be no number.
-_LEAST_SCALE = np.finfo(np.float32).tiny
+_LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 @cache
@@ -55,8 +57,8 @@ def unsupported(shape: DecodeShape) -> list[str]:
     return reasons
 
 
-def unsupported_layout(kv_cache: Any) -> list[str]:
-    """Why a cache that lies so cannot be read; `kv_cache` has a pointer and strides in bytes."""
+def unsupported_layout(kv_cache: ArrayMemory) -> list[str]:
+    """Why a cache that lies so cannot be read."""
     if kv_cache.pointer % 16 or any(stride % 16 or stride < 0 for stride in kv_cache.strides[:-1]):
         return ["kv_cache: TMA needs its first element and all strides at multiples of 16 bytes"]
     return []
@@ -106,7 +108,7 @@ class _Kernel:
         if config is None:
             config = self._configs[grid, stream] = self._config(grid, stream)
         (error,) = self._driver.cuLaunchKernelEx(config, self._function, self._pointers_address, 0)
-        if error != self._driver.CUresult.CUDA_SUCCESS:
+        if error:
             raise RuntimeError(f"cuLaunchKernelEx failed: {error.name}")
 
     def _config(self, grid: tuple[int, int, int], stream: int) -> Any:
@@ -163,28 +165,25 @@ def _tensor_maps(device_idx: int) -> Any:
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
-# Partial results per (device, stream), grown as needed. A former, smaller one may be in a captured graph: it is kept.
-_workspaces: dict[tuple[int, int], list[Any]] = {}
+# Memory per (device, stream, purpose), grown as needed. A former, smaller one may be in a captured graph: it is kept.
+_workspaces: dict[tuple[int, int, str], list[Any]] = {}
 
 
-def _workspace(num_floats: int, device_idx: int, stream: int) -> int:
+def _workspace(num_floats: int, device_idx: int, stream: int, purpose: str) -> int:
     """Address of `num_floats` floats, uninitialised, a multiple of 256 bytes."""
-    kept = _workspaces.setdefault((device_idx, stream), [])
+    kept = _workspaces.setdefault((device_idx, stream, purpose), [])
     if not kept or kept[-1].size < num_floats:
         kept.append(cuda.device_array(max(num_floats, 1), np.float32))
-    return _address(kept[-1])
+    return int(kept[-1].__cuda_array_interface__["data"][0])
 
 
-def _address(array: Any) -> int:
-    return int(array.__cuda_array_interface__["data"][0])
-
-
-def _copy_kernel() -> Any:
-    return _compiled_copy()
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Byte strides of the leading three of four axes of 16-bit elements in C order."""
+    return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
 @cache
-def _compiled_copy() -> Any:
+def _copy_kernel() -> Any:
     def copy(destination: Any, source: Any) -> None:
         """Grid of any size; arrays of equal shape and 16-bit elements, any strides."""
         for i in range(cuda.grid(1), source.size, cuda.gridsize(1)):
@@ -202,72 +201,66 @@ def _as_uint16(address: int, shape: tuple[int, ...], strides: tuple[int, ...], o
 
 
 def _copied(destination: Any, source: Any, stream: int) -> None:
-    from .launch import configured
-
     configured(_copy_kernel(), min(1024, ceil_div(source.size, 256)), 256, numba_stream(stream))(destination, source)
 
 
-def _q_map(shape: DecodeShape, q: Any, maps: Any, stream: int) -> tuple[int, Any]:
-    """Tensor map of q as (KV heads, packed rows) of each q batch, and what must be kept alive. Packed rows are token by token, head by
-    head; where q's strides have no such axis, or suit no TMA, q is copied first."""
+def _q_map(shape: DecodeShape, q: ArrayMemory, maps: Any, stream: int) -> int:
+    """Tensor map of q as (packed rows, KV heads, q batches). Packed rows are token by token, head by head; where q's strides have no
+    such axis, or suit no TMA, q is copied first."""
     from ..kernels.hopper_decode import BLOCK_M, TILE_COLUMNS
 
-    q_batches, tokens = q.shape[0], q.shape[1]
+    q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
     batch_stride, token_stride, head_stride = q.strides[:3]
-    address = _address(q)
-    packed = tokens == 1 or (kv_heads == 1 and token_stride == heads * head_stride)
-    if not packed or address % 16 or any(stride % 16 or stride < 0 for stride in q.strides[:3]):
-        row_bytes = 2 * HEAD_DIM_QK
-        owner = cuda.device_array(q.size, np.uint16)
+    address, group_stride = q.pointer, heads * head_stride
+    packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
+    if not packed or address % 16 or head_stride % 16 or batch_stride % 16 or min(head_stride, batch_stride) < 0:
         source = _as_uint16(address, (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK),
-                            (batch_stride, token_stride, heads * head_stride, head_stride, 2), q)
-        address, head_stride = _address(owner), row_bytes
-        group_stride, batch_stride = tokens * heads * row_bytes, kv_heads * tokens * heads * row_bytes
-        _copied(_as_uint16(address, source.shape, (batch_stride, heads * row_bytes, group_stride, row_bytes, 2), owner), source, stream)
-        q = owner
-    else:
-        group_stride = heads * head_stride
+                            (batch_stride, token_stride, group_stride, head_stride, 2), q.owner)
+        head_stride = 2 * HEAD_DIM_QK
+        group_stride, batch_stride = tokens * heads * head_stride, kv_heads * tokens * heads * head_stride
+        address = _workspace(q.size // 2, q.device or 0, stream, "q")
+        _copied(_as_uint16(address, source.shape, (batch_stride, heads * head_stride, group_stride, head_stride, 2), None), source, stream)
     # TMA takes no stride of 0; that of an axis of one does not matter.
-    strides = tuple(stride or 2 * HEAD_DIM_QK for stride in (head_stride, group_stride, batch_stride))
-    return maps.address(shape.dtype, address, (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), strides,
-                        (TILE_COLUMNS, BLOCK_M, 1, 1)), q
+    strides = (head_stride or 16, group_stride or 16, batch_stride or 16)
+    return int(maps.address(shape.dtype, address, (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), strides, (TILE_COLUMNS, BLOCK_M, 1, 1)))
 
 
-def _kv_map(shape: DecodeShape, kv_cache: Any, maps: Any) -> int:
+def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, maps: Any) -> int:
     from ..kernels.hopper_decode import TILE_COLUMNS, HopperConfig
 
-    page_stride, token_stride, head_stride = (stride or 2 * HEAD_DIM_QK for stride in kv_cache.strides[:3])
-    return int(maps.address(shape.dtype, _address(kv_cache), (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
-                            (token_stride, head_stride, page_stride), (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1)))
+    page_stride, token_stride, head_stride = kv_cache.strides[:3]
+    return int(maps.address(shape.dtype, kv_cache.pointer, (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
+                            (token_stride or 16, head_stride or 16, page_stride or 16),
+                            (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1)))
 
 
-def decode(shape: DecodeShape, schedule: Schedule, q: Any, kv_cache: Any, block_table: Any, out: Any, lse: Any, softmax_scale: float,
-           empty_lse: float, stream: int) -> None:
-    device_idx = _device_idx()
+def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory, lse: ArrayMemory,
+           softmax_scale: float, empty_lse: float, stream: int) -> None:
+    device_idx = q.device or 0
     maps = _tensor_maps(device_idx)
     kv_map = _kv_map(shape, kv_cache, maps)
     num_workers, rows_per_job = schedule.config.num_workers, schedule.config.rows_per_job
-    scale_log2e = softmax_scale * LOG2_E
-    if abs(scale_log2e) < _LEAST_SCALE:
-        scale_log2e = float(_LEAST_SCALE)
-    target = out
-    if _address(out) % 4 or any(stride % 4 for stride in out.strides[:3]):
-        target = cuda.device_array(out.shape, out.dtype)
-    tables = [_address(table) for table in (schedule.jobs, schedule.workers, schedule.num_splits)]
-    results = [_address(target), *target.strides[:3], _address(lse), *lse.strides]
-    partial_rows = max(schedule.num_slots, 1) * shape.num_heads_kv * rows_per_job
+    tables = schedule.addresses
+    rows = max(schedule.num_slots, 1) * shape.num_heads_kv * rows_per_job
     with _launch_lock:
-        q_map, _ = _q_map(shape, q, maps, stream)
-        o_partial = _workspace(partial_rows * (HEAD_DIM_V + 1), device_idx, stream)
-        partials = [o_partial, o_partial + partial_rows * HEAD_DIM_V * 4]
+        q_map = _q_map(shape, q, maps, stream)
+        out_address, out_strides = out.pointer, out.strides[:3]
+        # The kernels store two elements at a time; merged rows four.
+        copied_out = out_address % 4 != 0 or any(stride % 4 for stride in out_strides)
+        if copied_out:
+            out_address, out_strides = _workspace(out.size // 2, device_idx, stream, "out"), _c_strides(out.shape)
+        results = (out_address, *out_strides, lse.pointer, *lse.strides)
+        o_partial = _workspace(rows * (HEAD_DIM_V + 1), device_idx, stream, "partials")
+        partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
         _decode_kernel(shape.dtype, shape.page_size, device_idx).launch(
-            (rows_per_job // 64, num_workers, shape.num_heads_kv), stream, q_map, kv_map, _address(block_table), *block_table.strides,
+            (rows_per_job // 64, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
             block_table.shape[1], *tables, *results, *partials, rows_per_job, shape.heads_per_kv, int(shape.causal),
-            schedule.config.split_blocks, scale_log2e, empty_lse)
+            schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
             _merge_kernel(shape.dtype, device_idx).launch(
                 (rows_per_job, num_workers, shape.num_heads_kv), stream, *tables, *partials, *results, rows_per_job, shape.heads_per_kv, empty_lse)
-    if target is not out:
-        views = [_as_uint16(_address(array), (*out.shape[:3], 1, HEAD_DIM_V), (*array.strides[:3], 0, 2), array) for array in (out, target)]
-        _copied(*views, stream)
+        if copied_out:
+            five = (*out.shape[:3], 1, HEAD_DIM_V)
+            _copied(_as_uint16(out.pointer, five, (*out.strides[:3], 0, 2), out.owner),
+                    _as_uint16(out_address, five, (*out_strides, 0, 2), None), stream)

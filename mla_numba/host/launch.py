@@ -1,10 +1,32 @@
 """Launching Numba kernels: grids as small as the work is."""
 
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 from numba import cuda
 from numba.cuda.core.errors import NumbaPerformanceWarning
+
+
+class ArrayMemory(Protocol):
+    """Where an array lies: what a launch needs of it (`mla_numba.arrays.ArrayView` is one). `strides` are in bytes."""
+
+    @property
+    def pointer(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> int | None: ...
+
+    @property
+    def owner(self) -> Any: ...
 
 
 def numba_stream(handle: int) -> Any:

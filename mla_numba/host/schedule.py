@@ -1,6 +1,7 @@
 """A schedule: the tables that `mla_numba.scheduler` fills, in host or device memory, with the configuration they were made for."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ class Schedule:
     num_splits: Any     # (max_jobs + 1,), cumulative
     totals: Any         # (NUM_TOTALS,)
     num_slots: int      # partial results the workspace must hold
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of jobs, workers and num_splits in device memory."""
+        jobs, workers, num_splits = (int(table.__cuda_array_interface__["data"][0]) for table in (self.jobs, self.workers, self.num_splits))
+        return jobs, workers, num_splits
 
 
 def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple[int, ...]]:

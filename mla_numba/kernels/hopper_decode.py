@@ -384,15 +384,15 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.fence_proxy_async_shared()
 
     @inline
-    def mask(s_rmem, first_token, visible_a, visible_b, hidden, thread):
-        """Scores of tokens that a row does not see become `hidden`."""
+    def mask(s_rmem, first_token, visible_a, visible_b, thread):
+        """Scores of tokens that a row does not see become -inf."""
         token = first_token + i32((thread & u32(3)) * u32(2))
         for i in range(8):
             for c in range(2):
                 if token + i * 8 + c >= visible_a:
-                    s_rmem[4 * i + c] = hidden
+                    s_rmem[4 * i + c] = MINUS_INFINITY
                 if token + i * 8 + c >= visible_b:
-                    s_rmem[4 * i + 2 + c] = hidden
+                    s_rmem[4 * i + 2 + c] = MINUS_INFINITY
 
     @inline
     def zero_tail(k_smem, num_tokens, thread, barrier_idx):
@@ -408,20 +408,20 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.bar_sync(u32(barrier_idx), u32(128))
 
     @inline
-    def hide_unseen(s_rmem, k_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, barrier_idx):
+    def hide_unseen(s_rmem, k_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, barrier_idx):
         """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
         if first_token + BLOCK_N > all_see:
-            mask(s_rmem, first_token, visible_a, visible_b, hidden, thread)
+            mask(s_rmem, first_token, visible_a, visible_b, thread)
             if first_token + BLOCK_N > seq_len:
                 zero_tail(k_smem, seq_len - first_token, thread, barrier_idx)
 
     @inline
-    def even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, first_token, all_see,
+    def even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see,
                   seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
         """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block."""
         base = ptx.opaque_b32(base)
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
-        hide_unseen(s_rmem, k0_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, WARPGROUP)
+        hide_unseen(s_rmem, k0_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, WARPGROUP)
         old_a, old_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e)
@@ -479,7 +479,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             release(base + u32(EMPTY_SMEM + 16), lane)
 
     @inline
-    def odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, first_token, all_see,
+    def odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see,
                  seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
         """Warpgroup 1: softmax of the odd block, O_right += P1 V1 + P0 V0, S of the next odd block."""
         base = ptx.opaque_b32(base)
@@ -487,7 +487,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         k1_smem = base + u32(K1_SMEM)
         new_a, new_b = NO_SCORE, NO_SCORE
         if HAS_ODD:
-            hide_unseen(s_rmem, k1_smem, first_token, all_see, seq_len, visible_a, visible_b, hidden, thread, WARPGROUP + 1)
+            hide_unseen(s_rmem, k1_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, WARPGROUP + 1)
             new_a, new_b = row_max(s_rmem, 0) * scale_log2e, row_max(s_rmem, 1) * scale_log2e
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
         ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
@@ -558,7 +558,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         s_fence(s_rmem)
 
     @inline
-    def attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, begin_block, num_blocks,
+    def attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, begin_block, num_blocks,
                     all_see, seq_len, visible_a, visible_b, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
         qk_even(s_rmem, q8_rmem, base, parity)
@@ -566,21 +566,21 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
         while left > 2:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                       visible_a, visible_b, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left == 2:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                       visible_a, visible_b, parity, True, False)
         else:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                       visible_a, visible_b, parity, False, False)
         return parity
 
     @inline
-    def attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, begin_block, num_blocks,
+    def attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, begin_block, num_blocks,
                    all_see, seq_len, visible_a, visible_b, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
         token = begin_block * i32(BLOCK_N) + i32(BLOCK_N)
@@ -589,17 +589,17 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             qk_odd(s_rmem, q8_rmem, base, parity)
             parity ^= u32(1)
         while left > 3:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                      visible_a, visible_b, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left > 1:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                      visible_a, visible_b, parity, True, False)
             left -= i32(2)
         if left == 1:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden, token, all_see, seq_len,
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
                      visible_a, visible_b, parity, False, False)
         return parity
 
@@ -656,7 +656,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         p_rmem, q8_rmem = cuda.local.array(16, types.uint32), cuda.local.array(16, types.uint32)
         sums_rmem = cuda.local.array(2, types.float32)
         tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
-        hidden = MINUS_INFINITY if scale_log2e > f32(0) else -MINUS_INFINITY
         parity = u32(0)
         piece = u32(0)
         while True:
@@ -685,10 +684,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 all_see = visible_to(row_a - i32(tile_row), rows_of_request, seq_len, q_len, heads_per_kv, causal)
                 load_q8(q8_rmem, base, thread)
                 if IS_EVEN:
-                    parity = attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden,
+                    parity = attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
                                          begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
                 else:
-                    parity = attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, hidden,
+                    parity = attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
                                         begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
                 sum_a = sums_rmem[0] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[0], 1)
                 sum_a += cuda.shfl_xor_sync(0xFFFFFFFF, sum_a, 2)
