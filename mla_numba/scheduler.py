@@ -33,9 +33,12 @@ JOB_COLUMNS = 8
 # end_job is inclusive, end_block exclusive.
 BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
 WORKER_COLUMNS = 8
-# `totals`, int32 (2,): jobs in use; pieces beyond one per job (what the workspace is sized by).
-TOTAL_JOBS, TOTAL_EXTRA_SPLITS = range(2)
-NUM_TOTALS = 2
+# Columns of the merge table, int32 (max_jobs, MERGE_COLUMNS): a row per split job, with all that merging its pieces needs.
+MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN = range(6)
+MERGE_COLUMNS = 8
+# `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); split jobs.
+TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
+NUM_TOTALS = 3
 
 
 def num_partial_slots(extra_splits: int) -> int:
@@ -187,6 +190,17 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         workers[worker, WORKER_COLUMNS - 1] = 0
 
     @jit
+    def _fill_merge(merges, row, jobs, job, num_splits):
+        merges[row, MERGE_FIRST_SLOT] = slot_of(num_splits, job, 0)
+        merges[row, MERGE_NUM_PARTS] = num_splits[job + 1] - num_splits[job]
+        merges[row, MERGE_Q_BATCH] = jobs[job, JOB_Q_BATCH]
+        merges[row, MERGE_Q_BEGIN] = jobs[job, JOB_Q_BEGIN]
+        merges[row, MERGE_Q_LEN] = jobs[job, JOB_Q_LEN]
+        merges[row, MERGE_ROW_BEGIN] = jobs[job, JOB_ROW_BEGIN]
+        for column in range(MERGE_ROW_BEGIN + 1, MERGE_COLUMNS):
+            merges[row, column] = 0
+
+    @jit
     def _scan(thread, num_threads, sums, value):
         """Exclusive prefix sum over the threads: (sum of `value` in the threads before this one, sum in all)."""
         sums[thread] = value
@@ -202,7 +216,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -265,5 +279,18 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
         for worker in range(thread, num_workers, num_threads):
             _end_worker(workers, worker, jobs, num_jobs, num_splits)
+        split_jobs = 0
+        for job in range(begin, end):
+            split_jobs += int(num_splits[job + 1] - num_splits[job] > 1)
+        row, total_merges = _scan(thread, num_threads, sums, split_jobs)
+        for job in range(begin, end):
+            if num_splits[job + 1] - num_splits[job] > 1:
+                _fill_merge(merges, row, jobs, job, num_splits)
+                row += 1
+        if thread == 0:
+            totals[TOTAL_MERGES] = total_merges
+        for row in range(total_merges + thread, max_jobs, num_threads):
+            for column in range(MERGE_COLUMNS):
+                merges[row, column] = 0
 
     return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

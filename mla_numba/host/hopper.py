@@ -157,6 +157,12 @@ def _merge_kernel(dtype: str, device_idx: int) -> _Kernel:
 
 
 @cache
+def _merge_blocks(device_idx: int) -> int:
+    """Thread blocks of the merge: two for each block of threads that an SM holds of them."""
+    return int(8 * cuda.gpus[device_idx].MULTIPROCESSOR_COUNT)
+
+
+@cache
 def _tensor_maps(device_idx: int) -> Any:
     from .tensor_map import TensorMaps
 
@@ -237,29 +243,32 @@ def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, maps: Any) -> int:
 
 def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory, lse: ArrayMemory,
            softmax_scale: float, empty_lse: float, stream: int) -> None:
+    from ..kernels.hopper_decode import BLOCK_M
+
     device_idx = q.device or 0
     maps = _tensor_maps(device_idx)
     kv_map = _kv_map(shape, kv_cache, maps)
     num_workers, rows_per_job = schedule.config.num_workers, schedule.config.rows_per_job
-    tables = schedule.addresses
+    tables, row_tiles = schedule.addresses, rows_per_job // BLOCK_M
     rows = max(schedule.num_slots, 1) * shape.num_heads_kv * rows_per_job
     with _launch_lock:
         q_map = _q_map(shape, q, maps, stream)
         out_address, out_strides = out.pointer, out.strides[:3]
-        # The kernels store two elements at a time; merged rows four.
-        copied_out = out_address % 4 != 0 or any(stride % 4 for stride in out_strides)
+        # The kernels store 16 bytes of a row at a time.
+        copied_out = out_address % 16 != 0 or any(stride % 16 for stride in out_strides)
         if copied_out:
             out_address, out_strides = _workspace(out.size // 2, device_idx, stream, "out"), _c_strides(out.shape)
         results = (out_address, *out_strides, lse.pointer, *lse.strides)
         o_partial = _workspace(rows * (HEAD_DIM_V + 1), device_idx, stream, "partials")
         partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
         _decode_kernel(shape.dtype, shape.page_size, device_idx).launch(
-            (rows_per_job // 64, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
-            block_table.shape[1], *tables, *results, *partials, rows_per_job, shape.heads_per_kv, int(shape.causal),
-            schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
+            (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
+            block_table.shape[1], tables["jobs"], tables["workers"], tables["num_splits"], *results, *partials, shape.heads_per_kv,
+            int(shape.causal), schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
             _merge_kernel(shape.dtype, device_idx).launch(
-                (rows_per_job, num_workers, shape.num_heads_kv), stream, *tables, *partials, *results, rows_per_job, shape.heads_per_kv, empty_lse)
+                (_merge_blocks(device_idx), 1, 1), stream, tables["merges"], tables["totals"], *partials, *results, row_tiles,
+                shape.num_heads_kv, shape.heads_per_kv, empty_lse)
         if copied_out:
             five = (*out.shape[:3], 1, HEAD_DIM_V)
             _copied(_as_uint16(out.pointer, five, (*out.strides[:3], 0, 2), out.owner),

@@ -52,7 +52,7 @@ from ..scheduler import (
 )
 from .schedule import piece_end, slot_of
 
-i32, u32, u64, f32 = np.int32, np.uint32, np.uint64, np.float32
+i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
 inline = cuda.jit(device=True, forceinline=True, fastmath=True)
 
@@ -69,6 +69,8 @@ TILE_BYTES = 64 * 128
 NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
 LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpgroup 0; the others by warpgroup 1
 NUM_CONSUMERS = 256
+NUM_WARPS = NUM_CONSUMERS // 32         # of consumers, each with 16 rows and half of the columns of O
+WARP_PART_BYTES = 16 * (HEAD_DIM_V // 2) * 4
 NUM_THREADS = 384
 
 # Named barriers; 0 is syncthreads.
@@ -121,7 +123,7 @@ def decode_signature() -> types.Type:
     table, i, f = types.CPointer(types.int32), types.int32, types.float32
     stride = types.int64
     return types.void(types.uint64, types.uint64, types.uint64, stride, stride, i, table, table, table, types.uint64, stride, stride, stride,
-                      types.uint64, stride, stride, stride, types.uint64, types.uint64, i, i, i, i, f, f)
+                      types.uint64, stride, stride, stride, types.uint64, types.uint64, i, i, i, f, f)
 
 
 @cache
@@ -176,55 +178,63 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             pages[box] = cuda.shfl_sync(0xFFFFFFFF, window_pages, entry - window_first)
 
     @inline
-    def produce_q(base, q_map, piece, num_blocks, begin_block, seq_len, slot, jobs, job, row_begin, heads_per_kv, kv_head, lane):
+    def produce_q(base, q_map, piece, num_blocks, begin_block, seq_len, slot, q_batch, q_begin, q_len, row_begin, heads_per_kv, kv_head, lane):
         """Describe the piece, and load its rows of Q."""
         # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), (u32(piece) & u32(1)) ^ u32(1))
         if lane == 0:
+            if num_blocks > 0:
+                for tile in range(NUM_TILES):
+                    ptx.tma_load_4d(base + u32(Q_SMEM + tile * TILE_BYTES), q_map, base + u32(Q_FULL_SMEM), i32(tile * TILE_COLUMNS),
+                                    q_begin * heads_per_kv + row_begin, kv_head, q_batch, L2_POLICY)
             words = base + u32(PIECE_SMEM) + (u32(piece) & u32(1)) * u32(PIECE_BYTES)
             ptx.st_shared_i32(words + u32(PIECE_NUM_BLOCKS), num_blocks)
             ptx.st_shared_i32(words + u32(PIECE_BEGIN_BLOCK), begin_block)
             ptx.st_shared_i32(words + u32(PIECE_SEQ_LEN), seq_len)
             ptx.st_shared_i32(words + u32(PIECE_SLOT), slot)
-            ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), jobs[job * JOB_COLUMNS + JOB_Q_BATCH])
-            ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), jobs[job * JOB_COLUMNS + JOB_Q_BEGIN])
-            ptx.st_shared_i32(words + u32(PIECE_Q_LEN), jobs[job * JOB_COLUMNS + JOB_Q_LEN])
+            ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), q_batch)
+            ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), q_begin)
+            ptx.st_shared_i32(words + u32(PIECE_Q_LEN), q_len)
             ptx.st_shared_i32(words + u32(PIECE_ROW_BEGIN), row_begin)
-            if num_blocks > 0:
-                # The only arrival; completes with Q's last byte, and releases the words above.
-                ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES))
-                row = jobs[job * JOB_COLUMNS + JOB_Q_BEGIN] * heads_per_kv + row_begin
-                for tile in range(NUM_TILES):
-                    ptx.tma_load_4d(base + u32(Q_SMEM + tile * TILE_BYTES), q_map, base + u32(Q_FULL_SMEM), i32(tile * TILE_COLUMNS), i32(row),
-                                    i32(kv_head), i32(jobs[job * JOB_COLUMNS + JOB_Q_BATCH]), L2_POLICY)
-            else:
-                ptx.mbarrier_arrive(base + u32(Q_FULL_SMEM))
+            # The only arrival; completes with Q's last byte, and releases the words above.
+            ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES) if num_blocks > 0 else u32(0))
 
     @inline
     def produce(base, lane, q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
                 heads_per_kv, split_blocks):
         """Walk the worker's pieces; keep both buffers as full as their readers allow."""
         tile_idx, worker, kv_head = i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
-        pages = cuda.local.array(PAGES_PER_BLOCK, types.int32)
+        even_pages, odd_pages = cuda.local.array(PAGES_PER_BLOCK, types.int32), cuda.local.array(PAGES_PER_BLOCK, types.int32)
         piece = i32(0)
         use0 = u32(0)
         use1 = u32(0)
         begin_job, end_job = workers[worker * WORKER_COLUMNS + BEGIN_JOB], workers[worker * WORKER_COLUMNS + END_JOB]
+        begin_block, last_end_block = workers[worker * WORKER_COLUMNS + BEGIN_BLOCK], workers[worker * WORKER_COLUMNS + END_BLOCK]
+        begin_split = workers[worker * WORKER_COLUMNS + BEGIN_SPLIT]
         for job in range(begin_job, end_job + 1):
-            block, split, end_block = i32(0), i32(0), jobs[job * JOB_COLUMNS + JOB_NUM_BLOCKS]
-            if job == begin_job:
-                block, split = workers[worker * WORKER_COLUMNS + BEGIN_BLOCK], workers[worker * WORKER_COLUMNS + BEGIN_SPLIT]
-            if job == end_job:
-                end_block = workers[worker * WORKER_COLUMNS + END_BLOCK]
-            row_begin = jobs[job * JOB_COLUMNS + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
-            seq_len = jobs[job * JOB_COLUMNS + JOB_SEQ_LEN]
-            num_entries = min(max_pages, (seq_len + PAGE_SIZE - 1) // PAGE_SIZE)
-            table = block_table + u64(i32(jobs[job * JOB_COLUMNS + JOB_REQUEST]) * table_row_stride)
+            # All of the job at once, before anything that the compiler must not move loads across.
+            request, seq_len = jobs[job * JOB_COLUMNS + JOB_REQUEST], jobs[job * JOB_COLUMNS + JOB_SEQ_LEN]
+            q_batch, q_begin = jobs[job * JOB_COLUMNS + JOB_Q_BATCH], jobs[job * JOB_COLUMNS + JOB_Q_BEGIN]
+            q_len, row_begin = jobs[job * JOB_COLUMNS + JOB_Q_LEN], jobs[job * JOB_COLUMNS + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
+            end_block = jobs[job * JOB_COLUMNS + JOB_NUM_BLOCKS]
+            first_slot = i32(slot_of(num_splits, job, 0))
             is_split = num_splits[job + 1] - num_splits[job] > 1
-            more = row_begin < jobs[job * JOB_COLUMNS + JOB_Q_LEN] * heads_per_kv
+            block, split = i32(0), i32(0)
+            if job == begin_job:
+                block, split = begin_block, begin_split
+            if job == end_job:
+                end_block = last_end_block
+            num_entries = min(max_pages, (seq_len + PAGE_SIZE - 1) // PAGE_SIZE)
+            table = block_table + u64(i32(request) * table_row_stride)
+            more = row_begin < q_len * heads_per_kv
             while more:
                 stop = piece_end(block, end_block, split_blocks)
-                slot = i32(slot_of(num_splits, job, split)) if is_split else i32(NOT_SPLIT)
+                slot = first_slot + split if is_split else i32(NOT_SPLIT)
+                # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
+                q_first = piece == 0 or stop <= block
+                if q_first:
+                    produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, q_batch, q_begin, q_len, row_begin,
+                              heads_per_kv, kv_head, lane)
                 window_first = i32(block * BLOCK_N // PAGE_SIZE) & i32(-32)
                 window = load_page_ids(table, table_column_stride, window_first, num_entries, lane)
                 next_window = load_page_ids(table, table_column_stride, window_first + 32, num_entries, lane)
@@ -233,33 +243,28 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                         window_first += 32
                         window = next_window
                         next_window = load_page_ids(table, table_column_stride, window_first + 32, num_entries, lane)
-                    block_pages(pages, window, pair, window_first)
+                    block_pages(even_pages, window, pair, window_first)
                     row = pair * BLOCK_N % PAGE_SIZE
-                    load_tiles(base, 0, 0, 0, LEFT_TILES, use0, kv_map, kv_head, row, pages, lane)
+                    load_tiles(base, 0, 0, 0, LEFT_TILES, use0, kv_map, kv_head, row, even_pages, lane)
                     if pair == block:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
-                        produce_q(base, q_map, piece, i32(stop - block), i32(block), i32(seq_len), slot, jobs, job, row_begin, heads_per_kv,
-                                  kv_head, lane)
-                        piece += 1
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, even_pages, lane)
+                        if not q_first:
+                            produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, q_batch, q_begin, q_len, row_begin,
+                                      heads_per_kv, kv_head, lane)
                     if pair + 1 < stop:
-                        # An odd block begins a new window only where a block is 32 pages or the window's first block is odd.
+                        # The odd block's pages may be the first of the next window.
                         odd_first, odd_window = window_first, window
                         if (pair + 1) * BLOCK_N // PAGE_SIZE >= window_first + 32:
                             odd_first, odd_window = window_first + 32, next_window
-                        odd_pages = cuda.local.array(PAGES_PER_BLOCK, types.int32)
                         block_pages(odd_pages, odd_window, pair + 1, odd_first)
-                        odd_row = (pair + 1) * BLOCK_N % PAGE_SIZE
-                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
-                        if pair > block:
-                            load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
-                        load_tiles(base, 1, 0, 0, LEFT_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
+                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, use1, kv_map, kv_head, (pair + 1) * BLOCK_N % PAGE_SIZE, odd_pages, lane)
+                    if pair > block:
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, even_pages, lane)
+                    if pair + 1 < stop:
+                        load_tiles(base, 1, 0, 0, LEFT_TILES, use1, kv_map, kv_head, (pair + 1) * BLOCK_N % PAGE_SIZE, odd_pages, lane)
                         use1 += u32(1)
-                    elif pair > block:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, pages, lane)
                     use0 += u32(1)
-                if stop <= block:
-                    produce_q(base, q_map, piece, i32(0), i32(block), i32(seq_len), slot, jobs, job, row_begin, heads_per_kv, kv_head, lane)
-                    piece += 1
+                piece += 1
                 split += 1
                 block = stop
                 more = block < end_block
@@ -401,7 +406,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.bar_sync(u32(barrier_idx), u32(128))
         for row in range(num_tokens + i32(thread >> u32(6)), BLOCK_N, 2):
             chunk = thread & u32(63)
-            ptx.st_shared_v4(k_smem + (chunk >> u32(3)) * u32(TILE_BYTES) + u32(row) * u32(128) + ((chunk & u32(7)) << u32(4)), u32(0), u32(0),
+            ptx.st_shared_v4_b32(k_smem + (chunk >> u32(3)) * u32(TILE_BYTES) + u32(row) * u32(128) + ((chunk & u32(7)) << u32(4)), u32(0), u32(0),
                              u32(0), u32(0))
         ptx.fence_proxy_async_shared()
         # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.
@@ -611,46 +616,40 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         return seq_len - (q_len - i32(1) - row // heads_per_kv)
 
     @inline
-    def store_row(o_rmem, half, factor, address, thread, to_partial):
-        """A row's columns of O that this thread holds, divided by the sum: to the result, or to a partial one."""
+    def store_partial(o_rmem, factor_a, factor_b, address):
+        """O of a piece to its slot, as the registers hold it: 512 bytes of a warp side by side, 32 times (hopper_merge reads it so)."""
         for i in range(32):
-            a, b = o_rmem[4 * i + 2 * half] * factor, o_rmem[4 * i + 2 * half + 1] * factor
-            if to_partial:
-                ptx.st_global_v2_f32(address + u64(i * 32), a, b)
-            else:
-                ptx.st_global_b32(address + u64(i * 16), to_pair(b, a))
+            ptx.st_global_v4_f32(address + u64(i * 512), o_rmem[4 * i] * factor_a, o_rmem[4 * i + 1] * factor_a, o_rmem[4 * i + 2] * factor_b,
+                                 o_rmem[4 * i + 3] * factor_b)
 
     @inline
-    def finish_row(o_rmem, half, total, row_maximum, row, rows_of_request, words, wg, thread, kv_head, heads_per_kv, out, out_batch_stride,
-                   out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial,
-                   rows_per_job, row_in_job, num_kv_heads, empty_lse):
-        """Result of one row: to `out` and `lse`, or, of a piece of a split job, to its slot of the workspace."""
-        if row < rows_of_request:
-            factor = f32(0)
-            if total > f32(0):
-                factor = f32(1) / total
-            column = wg * u32(HEAD_DIM_V // 2) + (thread & u32(3)) * u32(2)
-            slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
-            if slot >= 0:
-                part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(rows_per_job) + u64(row_in_job)
-                store_row(o_rmem, half, factor, o_partial + (part * u64(HEAD_DIM_V) + u64(column)) * u64(4), thread, True)
-                if wg == 0 and thread & u32(3) == 0:
-                    ptx.st_global_f32(lse2_partial + part * u64(4), row_maximum + math.log2(total) if total > f32(0) else MINUS_INFINITY)
-            else:
-                q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
-                token = ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + row // heads_per_kv
-                head = kv_head * heads_per_kv + row % heads_per_kv
-                address = out + u64(q_batch * out_batch_stride + token * out_token_stride + head * out_head_stride)
-                store_row(o_rmem, half, factor, address + u64(column * u32(2)), thread, False)
-                if wg == 0 and thread & u32(3) == 0:
-                    ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
-                                      (row_maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else empty_lse)
+    def store_result(o_rmem, p_rmem, factor_a, factor_b, stage_smem, row_address, lane):
+        """O of a warp's 16 rows, 256 columns, by way of shared memory: 512 bytes of a row side by side. `row_address`: lane r's is row r's."""
+        # Opaque, lest its 32 offsets be kept in registers across all pieces.
+        lane = ptx.opaque_b32(lane)
+        row = lane & u32(15)
+        for k in range(16):
+            chunk = u32(2 * k) + (lane >> u32(4))
+            ptx.stmatrix_x4(stage_smem + row * u32(512) + ((chunk ^ (row & u32(7))) << u32(4)),
+                            to_pair(o_rmem[8 * k + 1] * factor_a, o_rmem[8 * k] * factor_a),
+                            to_pair(o_rmem[8 * k + 3] * factor_b, o_rmem[8 * k + 2] * factor_b),
+                            to_pair(o_rmem[8 * k + 5] * factor_a, o_rmem[8 * k + 4] * factor_a),
+                            to_pair(o_rmem[8 * k + 7] * factor_b, o_rmem[8 * k + 6] * factor_b))
+        cuda.syncwarp()
+        for begin in range(0, 16, 4):
+            for i in range(4):
+                ptx.ld_shared_v4_b32(p_rmem, 4 * i, stage_smem + u32((begin + i) * 512) + ((lane ^ u32((begin + i) & 7)) << u32(4)))
+            for i in range(4):
+                address = cuda.shfl_sync(0xFFFFFFFF, row_address, begin + i)
+                if address != 0:
+                    ptx.st_global_v4_b32(u64(address) + u64(lane * u32(16)), p_rmem[4 * i], p_rmem[4 * i + 1], p_rmem[4 * i + 2],
+                                         p_rmem[4 * i + 3])
 
     @inline
     def consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
-                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, IS_EVEN):
+                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, IS_EVEN):
         """A warpgroup's walk over the pieces that the producer announces."""
-        lane = thread & u32(31)
+        lane, warp = thread & u32(31), (wg << u32(2)) + (thread >> u32(5))
         kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
         s_rmem, o_rmem = cuda.local.array(32, types.float32), cuda.local.array(128, types.float32)
         p_rmem, q8_rmem = cuda.local.array(16, types.uint32), cuda.local.array(16, types.uint32)
@@ -706,21 +705,55 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                     if thread & u32(3) == 0:
                         ptx.st_shared_f32(row_smem + u32(MAX_SMEM), NO_SCORE)
                         ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), NO_SCORE)
-            cuda.syncwarp()
-            # This warp is done with Q, P1 and, but for its words, the piece; the producer may load the next.
-            release(base + u32(Q_EMPTY_SMEM), lane)
-            row_in_job = row_a % rows_per_job
-            finish_row(o_rmem, 0, sums_rmem[0], max_a, row_a, rows_of_request, words, wg, thread, kv_head, heads_per_kv, out,
-                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                       o_partial, lse2_partial, rows_per_job, row_in_job, num_kv_heads, empty_lse)
-            finish_row(o_rmem, 1, sums_rmem[1], max_b, row_a + i32(8), rows_of_request, words, wg, thread, kv_head, heads_per_kv, out,
-                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                       o_partial, lse2_partial, rows_per_job, row_in_job + i32(8), num_kv_heads, empty_lse)
+            factor_a, factor_b = f32(0), f32(0)
+            if sums_rmem[0] > f32(0):
+                factor_a = f32(1) / sums_rmem[0]
+            if sums_rmem[1] > f32(0):
+                factor_b = f32(1) / sums_rmem[1]
+            slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
+            if slot >= 0:
+                cuda.syncwarp()
+                # This warp is done with Q, P1 and the piece's words; the producer may load the next.
+                release(base + u32(Q_EMPTY_SMEM), lane)
+                part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(cuda.gridDim.x) + u64(cuda.blockIdx.x)
+                store_partial(o_rmem, factor_a, factor_b, o_partial + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES)
+                              + u64(lane * u32(16)))
+                if IS_EVEN and lane & u32(3) == 0:
+                    address = lse2_partial + (part * u64(BLOCK_M) + u64(tile_row)) * u64(4)
+                    ptx.st_global_f32(address, max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY)
+                    ptx.st_global_f32(address + u64(32), max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY)
+            else:
+                q_batch, q_begin = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH)), ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN))
+                row = row_a - i32(lane >> u32(2)) + i32(lane & u32(15))
+                # Opaque, lest the reciprocal for the division be kept in a register across all pieces.
+                heads = i32(ptx.opaque_b32(u32(heads_per_kv)))
+                token, head = q_begin + row // heads, kv_head * heads + row % heads
+                row_address = i64(0)
+                if row < rows_of_request:
+                    row_address = (i64(out) + q_batch * out_batch_stride + token * out_token_stride + head * out_head_stride
+                                   + i64(wg * u32(HEAD_DIM_V)))
+                store_result(o_rmem, p_rmem, factor_a, factor_b, base + u32(Q_SMEM) + warp * u32(TILE_BYTES), row_address, lane)
+                # Q's place, written with ordinary stores, goes back to TMA.
+                ptx.fence_proxy_async_shared()
+                cuda.syncwarp()
+                # This warp is done with Q, P1 and the piece's words; the producer may load the next.
+                release(base + u32(Q_EMPTY_SMEM), lane)
+                if IS_EVEN:
+                    # Lane r has the address of row r, 4 lanes from 4 r on its lse2.
+                    lse2 = max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY
+                    lse2_b = max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY
+                    lse2 = cuda.shfl_sync(0xFFFFFFFF, lse2, (lane & u32(7)) << u32(2))
+                    lse2_b = cuda.shfl_sync(0xFFFFFFFF, lse2_b, (lane & u32(7)) << u32(2))
+                    if lane & u32(8) != 0:
+                        lse2 = lse2_b
+                    if lane < 16 and row < rows_of_request:
+                        ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
+                                          lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else empty_lse)
             piece += u32(1)
 
     def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
                       out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                      o_partial, lse2_partial, rows_per_job, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
+                      o_partial, lse2_partial, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
         wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
@@ -751,10 +784,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         elif wg == 0:
             consumer_registers()
             consume(base, u32(0), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
-                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, True)
+                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, True)
         else:
             consumer_registers()
             consume(base, u32(1), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
-                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, rows_per_job, False)
+                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, False)
 
     return hopper_decode

@@ -41,7 +41,7 @@ def st_shared_i32(address: u32, value: i32) -> None:
 
 
 @instruction("st.shared.v4.b32 [<address>], {<a>, <b>, <c>, <d>};")
-def st_shared_v4(address: u32, a: u32, b: u32, c: u32, d: u32) -> None:
+def st_shared_v4_b32(address: u32, a: u32, b: u32, c: u32, d: u32) -> None:
     """`st.shared.v4`: 16 bytes to an address that is a multiple of 16. PTX ISA 9.7.9.11."""
 
 
@@ -55,23 +55,48 @@ def ld_global_f32(address: u64) -> f32:
     """`ld.global`: a float. PTX ISA 9.7.9.8."""
 
 
+def _vector_load(text: str, letter: str, element: ir.Type) -> Any:
+    """Code for `text`, a load of four 32-bit values, to four places of an array of registers."""
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
+        word = ir.IntType(32)
+        address_class = "r" if signature.args[2] == u32 else "l"
+        loaded = emit(builder, text, ["=" + letter] * 4 + [address_class], ir.LiteralStructType([element] * 4), [args[2]])
+        data = array_data(context, builder, signature.args[0], args[0])
+        for i in range(4):
+            builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(word, i))]))
+        return context.get_dummy_value()
+
+    return codegen
+
+
 @intrinsic
 def ld_global_v4_f32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
     """`ld.global.v4`: four floats to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
-        loaded = emit(builder, "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", ["=f"] * 4 + ["l"], ir.LiteralStructType([ir.FloatType()] * 4),
-                      [args[2]])
-        data = array_data(context, builder, signature.args[0], args[0])
-        for i in range(4):
-            builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(ir.IntType(32), i))]))
-        return context.get_dummy_value()
-
-    return types.void(registers, i32, u64), codegen
+    return types.void(registers, i32, u64), _vector_load("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "f", ir.FloatType())
 
 
-@instruction("st.global.v2.b32 [<address>], {<a>, <b>};")
-def st_global_v2_b32(address: u64, a: u32, b: u32) -> None:
-    """`st.global.v2`: 8 bytes to an address that is a multiple of 8. PTX ISA 9.7.9.11."""
+@intrinsic
+def ld_shared_v4_b32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
+    """`ld.shared.v4`: 16 bytes to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
+    return types.void(registers, i32, u32), _vector_load("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
+
+
+@intrinsic
+def ldmatrix_x4(typingctx: Any, registers: Any, first: Any, row_smem: Any) -> Any:
+    """`ldmatrix.x4`: by a whole warp; loads four 8 x 8 matrices of 16-bit elements to registers[first:first + 4], the reverse of
+    `stmatrix_x4`. PTX ISA 9.7.14.5.15."""
+    return types.void(registers, i32, u32), _vector_load("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "r",
+                                                         ir.IntType(32))
+
+
+@instruction("st.global.v4.f32 [<address>], {<a>, <b>, <c>, <d>};")
+def st_global_v4_f32(address: u64, a: f32, b: f32, c: f32, d: f32) -> None:
+    """`st.global.v4`: four floats to an address that is a multiple of 16. PTX ISA 9.7.9.11."""
+
+
+@instruction("st.global.v4.b32 [<address>], {<a>, <b>, <c>, <d>};")
+def st_global_v4_b32(address: u64, a: u32, b: u32, c: u32, d: u32) -> None:
+    """`st.global.v4`: 16 bytes to an address that is a multiple of 16. PTX ISA 9.7.9.11."""
 
 
 @instruction("st.global.b32 [<address>], <value>;")
@@ -84,31 +109,10 @@ def st_global_f32(address: u64, value: f32) -> None:
     """`st.global`: a float. PTX ISA 9.7.9.11."""
 
 
-@instruction("st.global.v2.f32 [<address>], {<a>, <b>};")
-def st_global_v2_f32(address: u64, a: f32, b: f32) -> None:
-    """`st.global.v2`: two floats to an address that is a multiple of 8. PTX ISA 9.7.9.11."""
-
-
 @instruction("stmatrix.sync.aligned.m8n8.x4.shared.b16 [<row_smem>], {<a>, <b>, <c>, <d>};")
 def stmatrix_x4(row_smem: u32, a: u32, b: u32, c: u32, d: u32) -> None:
     """`stmatrix.x4`: by a whole warp; stores four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix
     l / 8, and holds row l / 4, columns 2 (l % 4) and the next, of each. PTX ISA 9.7.14.5.16."""
-
-
-@intrinsic
-def ldmatrix_x4(typingctx: Any, registers: Any, first: Any, row_smem: Any) -> Any:
-    """`ldmatrix.x4`: by a whole warp; loads four 8 x 8 matrices of 16-bit elements to registers[first:first + 4], the reverse of
-    `stmatrix_x4`. PTX ISA 9.7.14.5.15."""
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
-        word = ir.IntType(32)
-        loaded = emit(builder, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", ["=r"] * 4 + ["r"],
-                      ir.LiteralStructType([word] * 4), [args[2]])
-        data = array_data(context, builder, signature.args[0], args[0])
-        for i in range(4):
-            builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(word, i))]))
-        return context.get_dummy_value()
-
-    return types.void(registers, i32, u32), codegen
 
 
 @instruction("mov.b32 <result>, <value>;")
