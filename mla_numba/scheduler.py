@@ -27,8 +27,10 @@ from types import SimpleNamespace
 from typing import Any
 
 # Columns of the job table, int32 (max_jobs, JOB_COLUMNS).
-JOB_REQUEST, JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS = range(7)
+JOB_REQUEST, JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS, JOB_FIRST_SLOT = range(8)
 JOB_COLUMNS = 8
+# JOB_FIRST_SLOT of a job in one piece, which goes to no slot.
+NOT_SPLIT = -1
 # Columns of the worker table, int32 (num_workers, WORKER_COLUMNS): FlashMLA's tile_scheduler_metadata, with jobs for requests.
 # end_job is inclusive, end_block exclusive.
 BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
@@ -36,6 +38,7 @@ WORKER_COLUMNS = 8
 # Columns of the merge table, int32 (max_jobs, MERGE_COLUMNS): a row per split job, with all that merging its pieces needs.
 MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN = range(6)
 MERGE_COLUMNS = 8
+# Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number.
 # `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); split jobs.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
@@ -95,7 +98,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             jobs[job + i, JOB_ROW_BEGIN] = i * rows_per_job
             jobs[job + i, JOB_SEQ_LEN] = max(seq_len, 0)
             jobs[job + i, JOB_NUM_BLOCKS] = (tokens + block_n - 1) // block_n
-            jobs[job + i, JOB_COLUMNS - 1] = 0
+            jobs[job + i, JOB_FIRST_SLOT] = NOT_SPLIT
         return job + num_jobs
 
     @jit
@@ -191,7 +194,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def _fill_merge(merges, row, jobs, job, num_splits):
-        merges[row, MERGE_FIRST_SLOT] = slot_of(num_splits, job, 0)
+        merges[row, MERGE_FIRST_SLOT] = jobs[job, JOB_FIRST_SLOT]
         merges[row, MERGE_NUM_PARTS] = num_splits[job + 1] - num_splits[job]
         merges[row, MERGE_Q_BATCH] = jobs[job, JOB_Q_BATCH]
         merges[row, MERGE_Q_BEGIN] = jobs[job, JOB_Q_BEGIN]
@@ -216,7 +219,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, starts, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -285,6 +288,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         row, total_merges = _scan(thread, num_threads, sums, split_jobs)
         for job in range(begin, end):
             if num_splits[job + 1] - num_splits[job] > 1:
+                jobs[job, JOB_FIRST_SLOT] = slot_of(num_splits, job, 0)
                 _fill_merge(merges, row, jobs, job, num_splits)
                 row += 1
         if thread == 0:
@@ -292,5 +296,9 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         for row in range(total_merges + thread, max_jobs, num_threads):
             for column in range(MERGE_COLUMNS):
                 merges[row, column] = 0
+        sync()  # jobs are whole
+        for worker in range(thread, num_workers, num_threads):
+            for column in range(JOB_COLUMNS):
+                starts[worker, column] = jobs[workers[worker, BEGIN_JOB], column] if workers[worker, BEGIN_JOB] < num_jobs else 0
 
     return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

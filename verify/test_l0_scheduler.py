@@ -207,5 +207,5 @@ def test_device_builds_the_same_tables(problem):
     config, shape, lens, cu_seqlens_q = problem
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
     device = make_device_schedule(config, shape, lens, cu_seqlens_q, 0)
-    for name in ("jobs", "workers", "num_splits", "merges", "totals"):
+    for name in ("jobs", "workers", "starts", "num_splits", "merges", "totals"):
         np.testing.assert_array_equal(getattr(device, name).copy_to_host(), getattr(host, name), err_msg=name)

@@ -263,7 +263,7 @@ def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Arr
         partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
         _decode_kernel(shape.dtype, shape.page_size, device_idx).launch(
             (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
-            block_table.shape[1], tables["jobs"], tables["workers"], tables["num_splits"], *results, *partials, shape.heads_per_kv,
+            block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results, *partials, shape.heads_per_kv,
             int(shape.causal), schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
             _merge_kernel(shape.dtype, device_idx).launch(

@@ -20,6 +20,7 @@ class Schedule:
     jobs: Any           # (max_jobs, JOB_COLUMNS)
     workers: Any        # (num_workers, WORKER_COLUMNS)
     num_splits: Any     # (max_jobs + 1,), cumulative
+    starts: Any         # (num_workers, JOB_COLUMNS)
     merges: Any         # (max_jobs, MERGE_COLUMNS)
     totals: Any         # (NUM_TOTALS,)
     num_slots: int      # partial results the workspace must hold
@@ -28,13 +29,14 @@ class Schedule:
     def addresses(self) -> dict[str, int]:
         """Of the tables, in device memory."""
         return {name: int(getattr(self, name).__cuda_array_interface__["data"][0])
-                for name in ("jobs", "workers", "num_splits", "merges", "totals")}
+                for name in ("jobs", "workers", "starts", "merges", "totals")}
 
 
 def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple[int, ...]]:
     max_jobs = config.max_jobs(shape)
     return {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "num_splits": (max_jobs + 1,),
-            "workers": (config.num_workers, WORKER_COLUMNS), "merges": (max_jobs, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
+            "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
+            "merges": (max_jobs, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
 
 
 def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
@@ -48,7 +50,7 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
     _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *_build_arguments(config, shape),
-                   tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"], tables["merges"], tables["totals"])
+                   tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"], tables["starts"], tables["merges"], tables["totals"])
     extra_splits = int(tables["totals"][TOTAL_EXTRA_SPLITS])
     del tables["axis"]
     return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)
@@ -68,7 +70,7 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: A
     cu_seqlens = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     configured(build_schedule, 1, NUM_THREADS, stream)(
         seq_lens, cu_seqlens, *_build_arguments(config, shape), tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"],
-        tables["merges"], tables["totals"])
+        tables["starts"], tables["merges"], tables["totals"])
     extra_splits = config.num_workers - 1
     if config.split_blocks > 0:
         extra_splits = int(tables["totals"].copy_to_host(stream=stream)[TOTAL_EXTRA_SPLITS])

@@ -41,6 +41,7 @@ from ..scheduler import (
     END_BLOCK,
     END_JOB,
     JOB_COLUMNS,
+    JOB_FIRST_SLOT,
     JOB_NUM_BLOCKS,
     JOB_Q_BATCH,
     JOB_Q_BEGIN,
@@ -48,9 +49,10 @@ from ..scheduler import (
     JOB_REQUEST,
     JOB_ROW_BEGIN,
     JOB_SEQ_LEN,
+    NOT_SPLIT,
     WORKER_COLUMNS,
 )
-from .schedule import piece_end, slot_of
+from .schedule import piece_end
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
@@ -98,7 +100,6 @@ SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
 PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN, PIECE_ROW_BEGIN = (
     4 * word for word in range(8))
 END_OF_WORK = -1
-NOT_SPLIT = -1
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES) if num_blocks > 0 else u32(0))
 
     @inline
-    def produce(base, lane, q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
+    def produce(base, lane, q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
                 heads_per_kv, split_blocks):
         """Walk the worker's pieces; keep both buffers as full as their readers allow."""
         tile_idx, worker, kv_head = i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
@@ -209,19 +210,17 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         use0 = u32(0)
         use1 = u32(0)
         begin_job, end_job = workers[worker * WORKER_COLUMNS + BEGIN_JOB], workers[worker * WORKER_COLUMNS + END_JOB]
-        begin_block, last_end_block = workers[worker * WORKER_COLUMNS + BEGIN_BLOCK], workers[worker * WORKER_COLUMNS + END_BLOCK]
-        begin_split = workers[worker * WORKER_COLUMNS + BEGIN_SPLIT]
+        block, last_end_block = workers[worker * WORKER_COLUMNS + BEGIN_BLOCK], workers[worker * WORKER_COLUMNS + END_BLOCK]
+        split = workers[worker * WORKER_COLUMNS + BEGIN_SPLIT]
+        # The first job's row lies in `starts` too, where it can be read before the job's number has come.
+        row_of_job, row_idx = starts, worker * JOB_COLUMNS
         for job in range(begin_job, end_job + 1):
             # All of the job at once, before anything that the compiler must not move loads across.
-            request, seq_len = jobs[job * JOB_COLUMNS + JOB_REQUEST], jobs[job * JOB_COLUMNS + JOB_SEQ_LEN]
-            q_batch, q_begin = jobs[job * JOB_COLUMNS + JOB_Q_BATCH], jobs[job * JOB_COLUMNS + JOB_Q_BEGIN]
-            q_len, row_begin = jobs[job * JOB_COLUMNS + JOB_Q_LEN], jobs[job * JOB_COLUMNS + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
-            end_block = jobs[job * JOB_COLUMNS + JOB_NUM_BLOCKS]
-            first_slot = i32(slot_of(num_splits, job, 0))
-            is_split = num_splits[job + 1] - num_splits[job] > 1
-            block, split = i32(0), i32(0)
-            if job == begin_job:
-                block, split = begin_block, begin_split
+            request, seq_len = row_of_job[row_idx + JOB_REQUEST], row_of_job[row_idx + JOB_SEQ_LEN]
+            q_batch, q_begin = row_of_job[row_idx + JOB_Q_BATCH], row_of_job[row_idx + JOB_Q_BEGIN]
+            q_len, row_begin = row_of_job[row_idx + JOB_Q_LEN], row_of_job[row_idx + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
+            end_block, first_slot = row_of_job[row_idx + JOB_NUM_BLOCKS], row_of_job[row_idx + JOB_FIRST_SLOT]
+            row_of_job, row_idx = jobs, (job + 1) * JOB_COLUMNS
             if job == end_job:
                 end_block = last_end_block
             num_entries = min(max_pages, (seq_len + PAGE_SIZE - 1) // PAGE_SIZE)
@@ -229,7 +228,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             more = row_begin < q_len * heads_per_kv
             while more:
                 stop = piece_end(block, end_block, split_blocks)
-                slot = first_slot + split if is_split else i32(NOT_SPLIT)
+                slot = first_slot + split if first_slot != NOT_SPLIT else i32(NOT_SPLIT)
                 # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
                 q_first = piece == 0 or stop <= block
                 if q_first:
@@ -268,6 +267,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 split += 1
                 block = stop
                 more = block < end_block
+            block, split = i32(0), i32(0)
         # 8 consumer warps arrived, done with the last piece.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), (u32(piece) & u32(1)) ^ u32(1))
         if lane == 0:
@@ -623,34 +623,82 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                                  o_rmem[4 * i + 3] * factor_b)
 
     @inline
-    def store_result(o_rmem, p_rmem, factor_a, factor_b, stage_smem, row_address, lane):
-        """O of a warp's 16 rows, 256 columns, by way of shared memory: 512 bytes of a row side by side. `row_address`: lane r's is row r's."""
-        # Opaque, lest its 32 offsets be kept in registers across all pieces.
-        lane = ptx.opaque_b32(lane)
-        row = lane & u32(15)
-        for k in range(16):
-            chunk = u32(2 * k) + (lane >> u32(4))
-            ptx.stmatrix_x4(stage_smem + row * u32(512) + ((chunk ^ (row & u32(7))) << u32(4)),
-                            to_pair(o_rmem[8 * k + 1] * factor_a, o_rmem[8 * k] * factor_a),
-                            to_pair(o_rmem[8 * k + 3] * factor_b, o_rmem[8 * k + 2] * factor_b),
-                            to_pair(o_rmem[8 * k + 5] * factor_a, o_rmem[8 * k + 4] * factor_a),
-                            to_pair(o_rmem[8 * k + 7] * factor_b, o_rmem[8 * k + 6] * factor_b))
+    def swap_words(a, b, take_b, distance):
+        """Of two words here and in the lane `distance` away: the pair (own a, its a) in the lower lane, (its b, own b) in the upper one."""
+        other = u32(cuda.shfl_xor_sync(0xFFFFFFFF, i32(a if take_b else b), distance))
+        return (other, b) if take_b else (a, other)
+
+    @inline
+    def store_result(o_rmem, half, factor, row_address, lane):
+        """A row of O, this warp's 256 columns. The 4 lanes of a row transpose 4 x 4 words, so that each stores 16 bytes, and all 64."""
+        odd, upper = lane & u32(1) != 0, lane & u32(2) != 0
+        for i in range(0, 32, 4):
+            w0 = to_pair(o_rmem[4 * i + 2 * half + 1] * factor, o_rmem[4 * i + 2 * half] * factor)
+            w1 = to_pair(o_rmem[4 * i + 2 * half + 5] * factor, o_rmem[4 * i + 2 * half + 4] * factor)
+            w2 = to_pair(o_rmem[4 * i + 2 * half + 9] * factor, o_rmem[4 * i + 2 * half + 8] * factor)
+            w3 = to_pair(o_rmem[4 * i + 2 * half + 13] * factor, o_rmem[4 * i + 2 * half + 12] * factor)
+            w0, w1 = swap_words(w0, w1, odd, 1)
+            w2, w3 = swap_words(w2, w3, odd, 1)
+            w0, w2 = swap_words(w0, w2, upper, 2)
+            w1, w3 = swap_words(w1, w3, upper, 2)
+            if row_address != 0:
+                ptx.st_global_v4_b32(u64(row_address) + u64(i * 16), u32(w0), u32(w1), u32(w2), u32(w3))
+
+    @inline
+    def finish_row(o_rmem, half, total, row_maximum, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out, out_batch_stride,
+                   out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, empty_lse):
+        """Result of a row that no other worker shares."""
+        # Opaque, lest the reciprocal for the division be kept in a register across all pieces.
+        heads = i32(ptx.opaque_b32(u32(heads_per_kv)))
+        q_batch, token = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH)), ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + row // heads
+        head = kv_head * heads + row % heads
+        row_address = i64(0)
+        if row < rows_of_request:
+            row_address = (i64(out) + q_batch * out_batch_stride + token * out_token_stride + head * out_head_stride
+                           + i64(wg * u32(HEAD_DIM_V) + (lane & u32(3)) * u32(16)))
+            if wg == 0 and lane & u32(3) == 0:
+                ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
+                                  (row_maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else empty_lse)
+        store_result(o_rmem, half, f32(1) / total if total > f32(0) else f32(0), row_address, lane)
+
+    @inline
+    def finish(o_rmem, sums_rmem, max_a, max_b, base, words, heads_per_kv, empty_lse, out, out_batch_stride, out_token_stride,
+               out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial):
+        """Free the piece's place, and store its rows: to the results, or, of a split job, to its slot of the workspace."""
+        kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
+        slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
+        # What follows from the thread's place, anew: kept over the steps it would cost registers that O needs.
+        thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
+        lane, warp, wg = thread_idx & u32(31), thread_idx >> u32(5), thread_idx >> u32(7)
+        tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
+        row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
+        rows_of_request = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv
         cuda.syncwarp()
-        for begin in range(0, 16, 4):
-            for i in range(4):
-                ptx.ld_shared_v4_b32(p_rmem, 4 * i, stage_smem + u32((begin + i) * 512) + ((lane ^ u32((begin + i) & 7)) << u32(4)))
-            for i in range(4):
-                address = cuda.shfl_sync(0xFFFFFFFF, row_address, begin + i)
-                if address != 0:
-                    ptx.st_global_v4_b32(u64(address) + u64(lane * u32(16)), p_rmem[4 * i], p_rmem[4 * i + 1], p_rmem[4 * i + 2],
-                                         p_rmem[4 * i + 3])
+        # This warp is done with Q and P1; the producer may load the next. (The words stay until the piece after.)
+        release(base + u32(Q_EMPTY_SMEM), lane)
+        if slot == NOT_SPLIT:
+            finish_row(o_rmem, 0, sums_rmem[0], max_a, row_a, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out,
+                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
+                       empty_lse)
+            finish_row(o_rmem, 1, sums_rmem[1], max_b, row_a + i32(8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, out,
+                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
+                       empty_lse)
+        elif row_a - i32(lane >> u32(2)) < rows_of_request:
+            factor_a = f32(1) / sums_rmem[0] if sums_rmem[0] > f32(0) else f32(0)
+            factor_b = f32(1) / sums_rmem[1] if sums_rmem[1] > f32(0) else f32(0)
+            part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(cuda.gridDim.x) + u64(cuda.blockIdx.x)
+            if wg == 0 and lane & u32(3) == 0:
+                address = lse2_partial + (part * u64(BLOCK_M) + u64(tile_row)) * u64(4)
+                ptx.st_global_f32(address, max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY)
+                ptx.st_global_f32(address + u64(32), max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY)
+            store_partial(o_rmem, factor_a, factor_b, o_partial + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES)
+                          + u64(lane * u32(16)))
 
     @inline
     def consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
-                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, IS_EVEN):
+                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial):
         """A warpgroup's walk over the pieces that the producer announces."""
-        lane, warp = thread & u32(31), (wg << u32(2)) + (thread >> u32(5))
-        kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
+        lane = thread & u32(31)
         s_rmem, o_rmem = cuda.local.array(32, types.float32), cuda.local.array(128, types.float32)
         p_rmem, q8_rmem = cuda.local.array(16, types.uint32), cuda.local.array(16, types.uint32)
         sums_rmem = cuda.local.array(2, types.float32)
@@ -670,11 +718,11 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 o_rmem[i] = f32(0)
             sums_rmem[0] = f32(0)
             sums_rmem[1] = f32(0)
-            row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
-            q_len = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
-            rows_of_request = q_len * heads_per_kv
             max_a, max_b = f32(0), f32(0)
             if num_blocks > 0:
+                row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
+                q_len = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
+                rows_of_request = q_len * heads_per_kv
                 seq_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN))
                 begin_block = ptx.ld_shared_i32(words + u32(PIECE_BEGIN_BLOCK))
                 visible_a = visible_to(row_a, rows_of_request, seq_len, q_len, heads_per_kv, causal)
@@ -682,76 +730,36 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 # The first row of the tile sees least.
                 all_see = visible_to(row_a - i32(tile_row), rows_of_request, seq_len, q_len, heads_per_kv, causal)
                 load_q8(q8_rmem, base, thread)
-                if IS_EVEN:
+                if wg == 0:
                     parity = attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
                                          begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
                 else:
                     parity = attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
                                         begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
+                # Anew: kept over the steps it would cost a register that O needs.
+                side = ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7)
                 sum_a = sums_rmem[0] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[0], 1)
                 sum_a += cuda.shfl_xor_sync(0xFFFFFFFF, sum_a, 2)
                 sum_b = sums_rmem[1] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[1], 1)
                 sum_b += cuda.shfl_xor_sync(0xFFFFFFFF, sum_b, 2)
                 if thread & u32(3) == 0:
-                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM) + wg * u32(4 * BLOCK_M), sum_a)
-                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM + 32) + wg * u32(4 * BLOCK_M), sum_b)
+                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM) + side * u32(4 * BLOCK_M), sum_a)
+                    ptx.st_shared_f32(row_smem + u32(SUM_SMEM + 32) + side * u32(4 * BLOCK_M), sum_b)
                 # Both warpgroups arrive and wait: each other's sums, and the last maximum.
                 ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
                 sums_rmem[0] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M))
                 sums_rmem[1] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 32)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M + 32))
-                if IS_EVEN:
+                if side == 0:
                     max_a, max_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
                     cuda.syncwarp()
                     if thread & u32(3) == 0:
                         ptx.st_shared_f32(row_smem + u32(MAX_SMEM), NO_SCORE)
                         ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), NO_SCORE)
-            factor_a, factor_b = f32(0), f32(0)
-            if sums_rmem[0] > f32(0):
-                factor_a = f32(1) / sums_rmem[0]
-            if sums_rmem[1] > f32(0):
-                factor_b = f32(1) / sums_rmem[1]
-            slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
-            if slot >= 0:
-                cuda.syncwarp()
-                # This warp is done with Q, P1 and the piece's words; the producer may load the next.
-                release(base + u32(Q_EMPTY_SMEM), lane)
-                part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(cuda.gridDim.x) + u64(cuda.blockIdx.x)
-                store_partial(o_rmem, factor_a, factor_b, o_partial + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES)
-                              + u64(lane * u32(16)))
-                if IS_EVEN and lane & u32(3) == 0:
-                    address = lse2_partial + (part * u64(BLOCK_M) + u64(tile_row)) * u64(4)
-                    ptx.st_global_f32(address, max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY)
-                    ptx.st_global_f32(address + u64(32), max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY)
-            else:
-                q_batch, q_begin = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH)), ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN))
-                row = row_a - i32(lane >> u32(2)) + i32(lane & u32(15))
-                # Opaque, lest the reciprocal for the division be kept in a register across all pieces.
-                heads = i32(ptx.opaque_b32(u32(heads_per_kv)))
-                token, head = q_begin + row // heads, kv_head * heads + row % heads
-                row_address = i64(0)
-                if row < rows_of_request:
-                    row_address = (i64(out) + q_batch * out_batch_stride + token * out_token_stride + head * out_head_stride
-                                   + i64(wg * u32(HEAD_DIM_V)))
-                store_result(o_rmem, p_rmem, factor_a, factor_b, base + u32(Q_SMEM) + warp * u32(TILE_BYTES), row_address, lane)
-                # Q's place, written with ordinary stores, goes back to TMA.
-                ptx.fence_proxy_async_shared()
-                cuda.syncwarp()
-                # This warp is done with Q, P1 and the piece's words; the producer may load the next.
-                release(base + u32(Q_EMPTY_SMEM), lane)
-                if IS_EVEN:
-                    # Lane r has the address of row r, 4 lanes from 4 r on its lse2.
-                    lse2 = max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY
-                    lse2_b = max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY
-                    lse2 = cuda.shfl_sync(0xFFFFFFFF, lse2, (lane & u32(7)) << u32(2))
-                    lse2_b = cuda.shfl_sync(0xFFFFFFFF, lse2_b, (lane & u32(7)) << u32(2))
-                    if lane & u32(8) != 0:
-                        lse2 = lse2_b
-                    if lane < 16 and row < rows_of_request:
-                        ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
-                                          lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else empty_lse)
+            finish(o_rmem, sums_rmem, max_a, max_b, base, words, heads_per_kv, empty_lse, out, out_batch_stride, out_token_stride,
+                   out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial)
             piece += u32(1)
 
-    def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, num_splits,
+    def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
                       out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
                       o_partial, lse2_partial, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
@@ -780,14 +788,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                     ptx.fence_proxy_tensormap_acquire(q_map)
                     ptx.fence_proxy_tensormap_acquire(kv_map)
                 produce(base, i32(thread), q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers,
-                        num_splits, heads_per_kv, split_blocks)
-        elif wg == 0:
-            consumer_registers()
-            consume(base, u32(0), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
-                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, True)
+                        starts, heads_per_kv, split_blocks)
         else:
             consumer_registers()
-            consume(base, u32(1), thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride,
-                    out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, False)
+            consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
+                    lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial)
 
     return hopper_decode

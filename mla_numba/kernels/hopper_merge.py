@@ -40,7 +40,7 @@ NUM_THREADS = 128
 STRIP_BYTES = 512
 STRIPS = WARP_PART_BYTES // STRIP_BYTES                 # of a warp's part: 32
 ITEMS_PER_WARP_PART = STRIPS * 32 // NUM_THREADS        # a thread block takes four strips
-UNROLL = 8
+UNROLL = 4
 BATCH, BATCH_ROWS = UNROLL * 4, UNROLL * 2
 
 
