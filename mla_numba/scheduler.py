@@ -27,19 +27,22 @@ from types import SimpleNamespace
 from typing import Any
 
 # Columns of the job table, int32 (max_jobs, JOB_COLUMNS).
-JOB_REQUEST, JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS, JOB_FIRST_SLOT = range(8)
-JOB_COLUMNS = 8
+JOB_REQUEST, JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS, JOB_FIRST_SLOT, JOB_NUM_PARTS = range(9)
+JOB_COLUMNS = 9
 # JOB_FIRST_SLOT of a job in one piece, which goes to no slot.
 NOT_SPLIT = -1
 # Columns of the worker table, int32 (num_workers, WORKER_COLUMNS): FlashMLA's tile_scheduler_metadata, with jobs for requests.
 # end_job is inclusive, end_block exclusive.
 BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
 WORKER_COLUMNS = 8
-# Columns of the merge table, int32 (max_jobs, MERGE_COLUMNS): a row per split job, with all that merging its pieces needs.
+# Columns of the merge table, int32 (max_jobs, MERGE_COLUMNS): a row per job of MERGE_LEAST_PARTS pieces or more, with all that
+# merging them needs. (Of two pieces the later one's worker can merge both as it ends.)
+MERGE_LEAST_PARTS = 3
 MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN = range(6)
 MERGE_COLUMNS = 8
 # Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number.
-# `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); split jobs.
+# `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); rows of
+# the merge table.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
 
@@ -99,6 +102,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             jobs[job + i, JOB_SEQ_LEN] = max(seq_len, 0)
             jobs[job + i, JOB_NUM_BLOCKS] = (tokens + block_n - 1) // block_n
             jobs[job + i, JOB_FIRST_SLOT] = NOT_SPLIT
+            jobs[job + i, JOB_NUM_PARTS] = 1
         return job + num_jobs
 
     @jit
@@ -193,9 +197,9 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         workers[worker, WORKER_COLUMNS - 1] = 0
 
     @jit
-    def _fill_merge(merges, row, jobs, job, num_splits):
+    def _fill_merge(merges, row, jobs, job):
         merges[row, MERGE_FIRST_SLOT] = jobs[job, JOB_FIRST_SLOT]
-        merges[row, MERGE_NUM_PARTS] = num_splits[job + 1] - num_splits[job]
+        merges[row, MERGE_NUM_PARTS] = jobs[job, JOB_NUM_PARTS]
         merges[row, MERGE_Q_BATCH] = jobs[job, JOB_Q_BATCH]
         merges[row, MERGE_Q_BEGIN] = jobs[job, JOB_Q_BEGIN]
         merges[row, MERGE_Q_LEN] = jobs[job, JOB_Q_LEN]
@@ -282,14 +286,17 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
         for worker in range(thread, num_workers, num_threads):
             _end_worker(workers, worker, jobs, num_jobs, num_splits)
-        split_jobs = 0
+        count = 0
         for job in range(begin, end):
-            split_jobs += int(num_splits[job + 1] - num_splits[job] > 1)
-        row, total_merges = _scan(thread, num_threads, sums, split_jobs)
-        for job in range(begin, end):
-            if num_splits[job + 1] - num_splits[job] > 1:
+            num_parts = num_splits[job + 1] - num_splits[job]
+            jobs[job, JOB_NUM_PARTS] = num_parts
+            if num_parts > 1:
                 jobs[job, JOB_FIRST_SLOT] = slot_of(num_splits, job, 0)
-                _fill_merge(merges, row, jobs, job, num_splits)
+            count += int(num_parts >= MERGE_LEAST_PARTS)
+        row, total_merges = _scan(thread, num_threads, sums, count)
+        for job in range(begin, end):
+            if jobs[job, JOB_NUM_PARTS] >= MERGE_LEAST_PARTS:
+                _fill_merge(merges, row, jobs, job)
                 row += 1
         if thread == 0:
             totals[TOTAL_MERGES] = total_merges

@@ -176,10 +176,10 @@ _workspaces: dict[tuple[int, int, str], list[Any]] = {}
 
 
 def _workspace(num_floats: int, device_idx: int, stream: int, purpose: str) -> int:
-    """Address of `num_floats` floats, uninitialised, a multiple of 256 bytes."""
+    """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes."""
     kept = _workspaces.setdefault((device_idx, stream, purpose), [])
     if not kept or kept[-1].size < num_floats:
-        kept.append(cuda.device_array(max(num_floats, 1), np.float32))
+        kept.append(cuda.to_device(np.zeros(max(num_floats, 1), np.float32)))
     return int(kept[-1].__cuda_array_interface__["data"][0])
 
 
@@ -259,11 +259,14 @@ def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Arr
         if copied_out:
             out_address, out_strides = _workspace(out.size // 2, device_idx, stream, "out"), _c_strides(out.shape)
         results = (out_address, *out_strides, lse.pointer, *lse.strides)
-        o_partial = _workspace(rows * (HEAD_DIM_V + 1), device_idx, stream, "partials")
+        # O, and lse2 once for each half of the columns.
+        o_partial = _workspace(rows * (HEAD_DIM_V + 2), device_idx, stream, "partials")
         partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
+        # A word for each 16 rows and half of the columns, 0 between launches.
+        counters = _workspace(rows // 16 * 2, device_idx, stream, "counters")
         _decode_kernel(shape.dtype, shape.page_size, device_idx).launch(
             (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
-            block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results, *partials, shape.heads_per_kv,
+            block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results, *partials, counters, shape.heads_per_kv,
             int(shape.causal), schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
             _merge_kernel(shape.dtype, device_idx).launch(

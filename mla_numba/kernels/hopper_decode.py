@@ -43,12 +43,14 @@ from ..scheduler import (
     JOB_COLUMNS,
     JOB_FIRST_SLOT,
     JOB_NUM_BLOCKS,
+    JOB_NUM_PARTS,
     JOB_Q_BATCH,
     JOB_Q_BEGIN,
     JOB_Q_LEN,
     JOB_REQUEST,
     JOB_ROW_BEGIN,
     JOB_SEQ_LEN,
+    MERGE_LEAST_PARTS,
     NOT_SPLIT,
     WORKER_COLUMNS,
 )
@@ -73,6 +75,9 @@ LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpg
 NUM_CONSUMERS = 256
 NUM_WARPS = NUM_CONSUMERS // 32         # of consumers, each with 16 rows and half of the columns of O
 WARP_PART_BYTES = 16 * (HEAD_DIM_V // 2) * 4
+# Strips of another piece's O that are in flight while this one's are weighted.
+STRIPS_AT_ONCE = 8
+OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
 NUM_THREADS = 384
 
 # Named barriers; 0 is syncthreads.
@@ -97,8 +102,8 @@ Q_EMPTY_SMEM = Q_FULL_SMEM + 8
 SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
 
 # A piece, as the producer describes it to the consumers: int32 words of piece_smem.
-PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN, PIECE_ROW_BEGIN = (
-    4 * word for word in range(8))
+(PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_NUM_PARTS, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN,
+ PIECE_ROW_BEGIN) = (4 * word for word in range(9))
 END_OF_WORK = -1
 
 
@@ -124,7 +129,7 @@ def decode_signature() -> types.Type:
     table, i, f = types.CPointer(types.int32), types.int32, types.float32
     stride = types.int64
     return types.void(types.uint64, types.uint64, types.uint64, stride, stride, i, table, table, table, types.uint64, stride, stride, stride,
-                      types.uint64, stride, stride, stride, types.uint64, types.uint64, i, i, i, f, f)
+                      types.uint64, stride, stride, stride, types.uint64, types.uint64, types.uint64, i, i, i, f, f)
 
 
 @cache
@@ -179,7 +184,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             pages[box] = cuda.shfl_sync(0xFFFFFFFF, window_pages, entry - window_first)
 
     @inline
-    def produce_q(base, q_map, piece, num_blocks, begin_block, seq_len, slot, q_batch, q_begin, q_len, row_begin, heads_per_kv, kv_head, lane):
+    def produce_q(base, q_map, piece, num_blocks, begin_block, seq_len, slot, num_parts, q_batch, q_begin, q_len, row_begin, heads_per_kv, kv_head, lane):
         """Describe the piece, and load its rows of Q."""
         # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), (u32(piece) & u32(1)) ^ u32(1))
@@ -193,6 +198,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.st_shared_i32(words + u32(PIECE_BEGIN_BLOCK), begin_block)
             ptx.st_shared_i32(words + u32(PIECE_SEQ_LEN), seq_len)
             ptx.st_shared_i32(words + u32(PIECE_SLOT), slot)
+            ptx.st_shared_i32(words + u32(PIECE_NUM_PARTS), num_parts)
             ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), q_batch)
             ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), q_begin)
             ptx.st_shared_i32(words + u32(PIECE_Q_LEN), q_len)
@@ -220,6 +226,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             q_batch, q_begin = row_of_job[row_idx + JOB_Q_BATCH], row_of_job[row_idx + JOB_Q_BEGIN]
             q_len, row_begin = row_of_job[row_idx + JOB_Q_LEN], row_of_job[row_idx + JOB_ROW_BEGIN] + tile_idx * BLOCK_M
             end_block, first_slot = row_of_job[row_idx + JOB_NUM_BLOCKS], row_of_job[row_idx + JOB_FIRST_SLOT]
+            num_parts = row_of_job[row_idx + JOB_NUM_PARTS]
             row_of_job, row_idx = jobs, (job + 1) * JOB_COLUMNS
             if job == end_job:
                 end_block = last_end_block
@@ -232,7 +239,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
                 q_first = piece == 0 or stop <= block
                 if q_first:
-                    produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, q_batch, q_begin, q_len, row_begin,
+                    produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, num_parts, q_batch, q_begin, q_len, row_begin,
                               heads_per_kv, kv_head, lane)
                 window_first = i32(block * BLOCK_N // PAGE_SIZE) & i32(-32)
                 window = load_page_ids(table, table_column_stride, window_first, num_entries, lane)
@@ -248,7 +255,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                     if pair == block:
                         load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, row, even_pages, lane)
                         if not q_first:
-                            produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, q_batch, q_begin, q_len, row_begin,
+                            produce_q(base, q_map, piece, i32(stop - block), i32(block), seq_len, slot, num_parts, q_batch, q_begin, q_len, row_begin,
                                       heads_per_kv, kv_head, lane)
                     if pair + 1 < stop:
                         # The odd block's pages may be the first of the next window.
@@ -413,20 +420,30 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.bar_sync(u32(barrier_idx), u32(128))
 
     @inline
-    def hide_unseen(s_rmem, k_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, barrier_idx):
+    def visible_to(row, seq_len, q_len, heads_per_kv, causal):
+        """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
+        if causal == 0 or row >= q_len * heads_per_kv:
+            return seq_len
+        return seq_len - (q_len - i32(1) - row // heads_per_kv)
+
+    @inline
+    def hide_unseen(s_rmem, k_smem, first_token, all_see, words, thread, heads_per_kv, causal, barrier_idx):
         """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
         if first_token + BLOCK_N > all_see:
-            mask(s_rmem, first_token, visible_a, visible_b, thread)
+            # Of the few blocks at a request's end; what is read again here need not be kept in registers.
+            seq_len, q_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)), ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
+            row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32((thread >> u32(5)) * u32(16) + ((thread & u32(31)) >> u32(2)))
+            mask(s_rmem, first_token, visible_to(row, seq_len, q_len, heads_per_kv, causal),
+                 visible_to(row + i32(8), seq_len, q_len, heads_per_kv, causal), thread)
             if first_token + BLOCK_N > seq_len:
                 zero_tail(k_smem, seq_len - first_token, thread, barrier_idx)
 
     @inline
-    def even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see,
-                  seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
+    def even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see, words, heads_per_kv, causal, parity, HAS_ODD, HAS_NEXT):
         """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block."""
         base = ptx.opaque_b32(base)
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
-        hide_unseen(s_rmem, k0_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, WARPGROUP)
+        hide_unseen(s_rmem, k0_smem, first_token, all_see, words, thread, heads_per_kv, causal, WARPGROUP)
         old_a, old_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e)
@@ -484,15 +501,14 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             release(base + u32(EMPTY_SMEM + 16), lane)
 
     @inline
-    def odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see,
-                 seq_len, visible_a, visible_b, parity, HAS_ODD, HAS_NEXT):
+    def odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, first_token, all_see, words, heads_per_kv, causal, parity, HAS_ODD, HAS_NEXT):
         """Warpgroup 1: softmax of the odd block, O_right += P1 V1 + P0 V0, S of the next odd block."""
         base = ptx.opaque_b32(base)
         v0_smem, v1_smem = base + u32(K0_SMEM + LEFT_TILES * TILE_BYTES), base + u32(K1_SMEM + LEFT_TILES * TILE_BYTES)
         k1_smem = base + u32(K1_SMEM)
         new_a, new_b = NO_SCORE, NO_SCORE
         if HAS_ODD:
-            hide_unseen(s_rmem, k1_smem, first_token, all_see, seq_len, visible_a, visible_b, thread, WARPGROUP + 1)
+            hide_unseen(s_rmem, k1_smem, first_token, all_see, words, thread, heads_per_kv, causal, WARPGROUP + 1)
             new_a, new_b = row_max(s_rmem, 0) * scale_log2e, row_max(s_rmem, 1) * scale_log2e
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
         ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
@@ -564,29 +580,26 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, begin_block, num_blocks,
-                    all_see, seq_len, visible_a, visible_b, parity):
+                    all_see, words, heads_per_kv, causal, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
         qk_even(s_rmem, q8_rmem, base, parity)
         parity ^= u32(1)
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
         while left > 2:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                      visible_a, visible_b, parity, True, True)
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left == 2:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                      visible_a, visible_b, parity, True, False)
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, True, False)
         else:
-            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                      visible_a, visible_b, parity, False, False)
+            even_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, False, False)
         return parity
 
     @inline
     def attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, begin_block, num_blocks,
-                   all_see, seq_len, visible_a, visible_b, parity):
+                   all_see, words, heads_per_kv, causal, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
         token = begin_block * i32(BLOCK_N) + i32(BLOCK_N)
         left = num_blocks
@@ -594,33 +607,77 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             qk_odd(s_rmem, q8_rmem, base, parity)
             parity ^= u32(1)
         while left > 3:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                     visible_a, visible_b, parity, True, True)
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left > 1:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                     visible_a, visible_b, parity, True, False)
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, True, False)
             left -= i32(2)
         if left == 1:
-            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, seq_len,
-                     visible_a, visible_b, parity, False, False)
+            odd_step(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e, token, all_see, words, heads_per_kv, causal, parity, False, False)
         return parity
 
     @inline
-    def visible_to(row, rows_of_request, seq_len, q_len, heads_per_kv, causal):
-        """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
-        if causal == 0 or row >= rows_of_request:
-            return seq_len
-        return seq_len - (q_len - i32(1) - row // heads_per_kv)
+    def store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane):
+        """O of a piece to its slot, as the registers hold it: 512 bytes of a warp side by side, 32 times (hopper_merge reads it so)."""
+        if lane & u32(3) == 0:
+            ptx.st_global_f32(lse2_part, lse2_a)
+            ptx.st_global_f32(lse2_part + u64(32), lse2_b)
+        for i in range(32):
+            ptx.st_global_v4_f32(o_part + u64(i * 512), ptx.mul_rn(o_rmem[4 * i], factor_a), ptx.mul_rn(o_rmem[4 * i + 1], factor_a),
+                                 ptx.mul_rn(o_rmem[4 * i + 2], factor_b), ptx.mul_rn(o_rmem[4 * i + 3], factor_b))
 
     @inline
-    def store_partial(o_rmem, factor_a, factor_b, address):
-        """O of a piece to its slot, as the registers hold it: 512 bytes of a warp side by side, 32 times (hopper_merge reads it so)."""
-        for i in range(32):
-            ptx.st_global_v4_f32(address + u64(i * 512), o_rmem[4 * i] * factor_a, o_rmem[4 * i + 1] * factor_a, o_rmem[4 * i + 2] * factor_b,
-                                 o_rmem[4 * i + 3] * factor_b)
+    def claim(counter, lane):
+        """How many have been here before this warp."""
+        before = u32(0)
+        if lane == 0:
+            before = ptx.atom_add_acq_rel(counter, u32(1))
+        return u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))
+
+    @inline
+    def announce(counter, lane):
+        """What this warp wrote is there for all."""
+        ptx.fence_acq_rel_gpu()
+        cuda.syncwarp()
+        if lane == 0:
+            ptx.atom_add_acq_rel(counter, u32(1))
+
+    @inline
+    def await_announced(counter, lane):
+        """Until both warps have claimed and the first has announced; makes the counter ready for the next launch."""
+        if lane == 0:
+            while ptx.ld_acquire(counter) != u32(3):
+                pass
+            ptx.st_relaxed(counter, u32(0))
+        cuda.syncwarp()
+        ptx.fence_acq_rel_gpu()
+
+    @inline
+    def pair_weights(mine, other, is_second):
+        """Of a row in two pieces: the weight of this one, of the other one, lse2 of both. Equal bits on whichever side it runs."""
+        first, second = (other, mine) if is_second else (mine, other)
+        largest = max(first, second)
+        if largest == MINUS_INFINITY:
+            return f32(0), f32(0), MINUS_INFINITY
+        weight_first, weight_second = ptx.ex2(first - largest), ptx.ex2(second - largest)
+        total = weight_first + weight_second
+        weight_first, weight_second = weight_first / total, weight_second / total
+        lse2 = largest + math.log2(total)
+        return (weight_second, weight_first, lse2) if is_second else (weight_first, weight_second, lse2)
+
+    @inline
+    def add_other(o_rmem, half, factor, weight, other_weight, other_rmem, i, count, is_second):
+        """Strips i to i + count of a row: O = both pieces' weighted sum, the first piece's share rounded last on either side."""
+        for k in range(count):
+            for c in range(2):
+                x = ptx.mul_rn(o_rmem[4 * (i + k) + 2 * half + c], factor)
+                y = other_rmem[4 * k + 2 * half + c]
+                if is_second:
+                    o_rmem[4 * (i + k) + 2 * half + c] = ptx.fma_rn(other_weight, y, ptx.mul_rn(weight, x))
+                else:
+                    o_rmem[4 * (i + k) + 2 * half + c] = ptx.fma_rn(weight, x, ptx.mul_rn(other_weight, y))
 
     @inline
     def swap_words(a, b, take_b, distance):
@@ -645,9 +702,9 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 ptx.st_global_v4_b32(u64(row_address) + u64(i * 16), u32(w0), u32(w1), u32(w2), u32(w3))
 
     @inline
-    def finish_row(o_rmem, half, total, row_maximum, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out, out_batch_stride,
+    def finish_row(o_rmem, half, factor, lse2, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out, out_batch_stride,
                    out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, empty_lse):
-        """Result of a row that no other worker shares."""
+        """A row's result."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces.
         heads = i32(ptx.opaque_b32(u32(heads_per_kv)))
         q_batch, token = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH)), ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + row // heads
@@ -658,45 +715,72 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                            + i64(wg * u32(HEAD_DIM_V) + (lane & u32(3)) * u32(16)))
             if wg == 0 and lane & u32(3) == 0:
                 ptx.st_global_f32(lse + u64(q_batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride),
-                                  (row_maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else empty_lse)
-        store_result(o_rmem, half, f32(1) / total if total > f32(0) else f32(0), row_address, lane)
+                                  lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else empty_lse)
+        store_result(o_rmem, half, factor, row_address, lane)
 
     @inline
     def finish(o_rmem, sums_rmem, max_a, max_b, base, words, heads_per_kv, empty_lse, out, out_batch_stride, out_token_stride,
-               out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial):
-        """Free the piece's place, and store its rows: to the results, or, of a split job, to its slot of the workspace."""
+               out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, counters):
+        """Free the piece's place, and store its rows: to the results, or to its slot of the workspace, if more pieces are to come."""
         kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
-        slot = ptx.ld_shared_i32(words + u32(PIECE_SLOT))
+        slot, num_parts = ptx.ld_shared_i32(words + u32(PIECE_SLOT)), ptx.ld_shared_i32(words + u32(PIECE_NUM_PARTS))
         # What follows from the thread's place, anew: kept over the steps it would cost registers that O needs.
         thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
         lane, warp, wg = thread_idx & u32(31), thread_idx >> u32(5), thread_idx >> u32(7)
         tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
-        row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
+        row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
         rows_of_request = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv
         cuda.syncwarp()
         # This warp is done with Q and P1; the producer may load the next. (The words stay until the piece after.)
         release(base + u32(Q_EMPTY_SMEM), lane)
-        if slot == NOT_SPLIT:
-            finish_row(o_rmem, 0, sums_rmem[0], max_a, row_a, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out,
-                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                       empty_lse)
-            finish_row(o_rmem, 1, sums_rmem[1], max_b, row_a + i32(8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, out,
-                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                       empty_lse)
-        elif row_a - i32(lane >> u32(2)) < rows_of_request:
-            factor_a = f32(1) / sums_rmem[0] if sums_rmem[0] > f32(0) else f32(0)
-            factor_b = f32(1) / sums_rmem[1] if sums_rmem[1] > f32(0) else f32(0)
+        factor_a, lse2_a = f32(0), MINUS_INFINITY
+        if sums_rmem[0] > f32(0):
+            factor_a, lse2_a = f32(1) / sums_rmem[0], max_a + math.log2(sums_rmem[0])
+        factor_b, lse2_b = f32(0), MINUS_INFINITY
+        if sums_rmem[1] > f32(0):
+            factor_b, lse2_b = f32(1) / sums_rmem[1], max_b + math.log2(sums_rmem[1])
+        is_last = True
+        if num_parts > 1 and row - i32(lane >> u32(2)) < rows_of_request:
             part = (u64(slot) * u64(num_kv_heads) + u64(kv_head)) * u64(cuda.gridDim.x) + u64(cuda.blockIdx.x)
-            if wg == 0 and lane & u32(3) == 0:
-                address = lse2_partial + (part * u64(BLOCK_M) + u64(tile_row)) * u64(4)
-                ptx.st_global_f32(address, max_a + math.log2(sums_rmem[0]) if sums_rmem[0] > f32(0) else MINUS_INFINITY)
-                ptx.st_global_f32(address + u64(32), max_b + math.log2(sums_rmem[1]) if sums_rmem[1] > f32(0) else MINUS_INFINITY)
-            store_partial(o_rmem, factor_a, factor_b, o_partial + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES)
-                          + u64(lane * u32(16)))
+            o_part = o_partial + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
+            lse2_part = lse2_partial + ((part * u64(2) + u64(wg)) * u64(BLOCK_M) + u64(tile_row)) * u64(4)
+            if num_parts >= MERGE_LEAST_PARTS:
+                store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane)
+                is_last = False
+            else:
+                # Of two pieces this is the first (slot even) or the second, and the earlier one to end leaves its O to the later one.
+                is_second = slot & 1 == 1
+                even_part = part - u64(num_kv_heads) * u64(cuda.gridDim.x) if is_second else part
+                counter = counters + (even_part * u64(NUM_WARPS) + u64(warp)) * u64(4)
+                before = claim(counter, lane)
+                if before == 0:
+                    store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane)
+                    announce(counter, lane)
+                    is_last = False
+                else:
+                    await_announced(counter, lane)
+                    step = u64(num_kv_heads) * u64(cuda.gridDim.x)
+                    other = part - step if is_second else part + step
+                    other_o = o_partial + (other * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
+                    other_lse2 = lse2_partial + ((other * u64(2) + u64(wg)) * u64(BLOCK_M) + u64(tile_row)) * u64(4)
+                    weight_a, other_weight_a, lse2_a = pair_weights(lse2_a, ptx.ld_global_f32(other_lse2), is_second)
+                    weight_b, other_weight_b, lse2_b = pair_weights(lse2_b, ptx.ld_global_f32(other_lse2 + u64(32)), is_second)
+                    other_rmem = cuda.local.array(OTHER_REGISTERS, types.float32)
+                    for i in range(0, 32, STRIPS_AT_ONCE):
+                        for k in range(STRIPS_AT_ONCE):
+                            ptx.ld_global_v4_f32(other_rmem, 4 * k, other_o + u64((i + k) * 512))
+                        add_other(o_rmem, 0, factor_a, weight_a, other_weight_a, other_rmem, i, STRIPS_AT_ONCE, is_second)
+                        add_other(o_rmem, 1, factor_b, weight_b, other_weight_b, other_rmem, i, STRIPS_AT_ONCE, is_second)
+                    factor_a, factor_b = f32(1), f32(1)
+        if is_last:
+            finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, out, out_batch_stride,
+                       out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, empty_lse)
+            finish_row(o_rmem, 1, factor_b, lse2_b, row + i32(8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, out,
+                       out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, empty_lse)
 
     @inline
     def consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
-                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial):
+                lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, counters):
         """A warpgroup's walk over the pieces that the producer announces."""
         lane = thread & u32(31)
         s_rmem, o_rmem = cuda.local.array(32, types.float32), cuda.local.array(128, types.float32)
@@ -704,13 +788,12 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         sums_rmem = cuda.local.array(2, types.float32)
         tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
         parity = u32(0)
-        piece = u32(0)
+        words = base + u32(PIECE_SMEM)
         while True:
             base = ptx.opaque_b32(base)
             row_smem = base + tile_row * u32(4)
             # Producer arrives: the piece's words, and Q.
-            ptx.mbarrier_wait_parity(base + u32(Q_FULL_SMEM), piece & u32(1))
-            words = base + u32(PIECE_SMEM) + (piece & u32(1)) * u32(PIECE_BYTES)
+            ptx.mbarrier_wait_parity(base + u32(Q_FULL_SMEM), (words >> u32(6)) & u32(1))
             num_blocks = ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS))
             if num_blocks < 0:
                 break
@@ -720,22 +803,17 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             sums_rmem[1] = f32(0)
             max_a, max_b = f32(0), f32(0)
             if num_blocks > 0:
-                row_a = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
-                q_len = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
-                rows_of_request = q_len * heads_per_kv
-                seq_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN))
                 begin_block = ptx.ld_shared_i32(words + u32(PIECE_BEGIN_BLOCK))
-                visible_a = visible_to(row_a, rows_of_request, seq_len, q_len, heads_per_kv, causal)
-                visible_b = visible_to(row_a + i32(8), rows_of_request, seq_len, q_len, heads_per_kv, causal)
                 # The first row of the tile sees least.
-                all_see = visible_to(row_a - i32(tile_row), rows_of_request, seq_len, q_len, heads_per_kv, causal)
+                all_see = visible_to(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)), ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)),
+                                     ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)), heads_per_kv, causal)
                 load_q8(q8_rmem, base, thread)
                 if wg == 0:
                     parity = attend_even(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
-                                         begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
+                                         begin_block, num_blocks, all_see, words, heads_per_kv, causal, parity)
                 else:
                     parity = attend_odd(s_rmem, o_rmem, p_rmem, q8_rmem, sums_rmem, base, row_smem, thread, lane, scale_log2e,
-                                        begin_block, num_blocks, all_see, seq_len, visible_a, visible_b, parity)
+                                        begin_block, num_blocks, all_see, words, heads_per_kv, causal, parity)
                 # Anew: kept over the steps it would cost a register that O needs.
                 side = ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7)
                 sum_a = sums_rmem[0] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[0], 1)
@@ -749,19 +827,20 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
                 sums_rmem[0] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M))
                 sums_rmem[1] = ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 32)) + ptx.ld_shared_f32(row_smem + u32(SUM_SMEM + 4 * BLOCK_M + 32))
-                if side == 0:
-                    max_a, max_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
-                    cuda.syncwarp()
-                    if thread & u32(3) == 0:
-                        ptx.st_shared_f32(row_smem + u32(MAX_SMEM), NO_SCORE)
-                        ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), NO_SCORE)
+                max_a, max_b = ptx.ld_shared_f32(row_smem + u32(MAX_SMEM)), ptx.ld_shared_f32(row_smem + u32(MAX_SMEM + 32))
+                # Both warpgroups arrive and wait: the maximum has been read.
+                ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
+                if side == 0 and thread & u32(3) == 0:
+                    ptx.st_shared_f32(row_smem + u32(MAX_SMEM), NO_SCORE)
+                    ptx.st_shared_f32(row_smem + u32(MAX_SMEM + 32), NO_SCORE)
             finish(o_rmem, sums_rmem, max_a, max_b, base, words, heads_per_kv, empty_lse, out, out_batch_stride, out_token_stride,
-                   out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial)
-            piece += u32(1)
+                   out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, counters)
+            # The other of the two places for a piece's words; bit 6 is the piece's parity.
+            words ^= u32(PIECE_BYTES)
 
     def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
                       out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                      o_partial, lse2_partial, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
+                      o_partial, lse2_partial, counters, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
         wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
@@ -792,6 +871,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         else:
             consumer_registers()
             consume(base, wg, thread, heads_per_kv, causal, scale_log2e, empty_lse, out, out_batch_stride, out_token_stride, out_head_stride,
-                    lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial)
+                    lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, lse2_partial, counters)
 
     return hopper_decode

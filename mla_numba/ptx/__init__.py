@@ -4,10 +4,11 @@ Addresses in shared memory are 32-bit integers, in global memory 64-bit ones; ar
 indexed by constants alone. Sections are those of the PTX ISA, version 9.0.
 """
 
-from .arithmetic import cvt_bf16x2, cvt_f16x2, ex2
+from .arithmetic import cvt_bf16x2, cvt_f16x2, ex2, fma_rn, mul_rn
 from .barriers import (
     bar_arrive,
     bar_sync,
+    fence_acq_rel_gpu,
     fence_mbarrier_init,
     fence_proxy_async_shared,
     fence_proxy_tensormap_acquire,
@@ -18,6 +19,8 @@ from .barriers import (
 )
 from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_setmaxnreg
 from .memory import (
+    atom_add_acq_rel,
+    ld_acquire,
     ld_global_f32,
     ld_global_i32,
     ld_global_v4_f32,
@@ -32,6 +35,7 @@ from .memory import (
     st_global_f32,
     st_global_v4_b32,
     st_global_v4_f32,
+    st_relaxed,
     st_shared_f32,
     st_shared_i32,
     st_shared_v4_b32,

@@ -8,6 +8,16 @@ def ex2(x: f32) -> f32:
     """`ex2.approx.ftz`: 2^x within 2 units in the last place, 0 for -inf. PTX ISA 9.7.3.21."""
 
 
+@instruction("mul.rn.f32 <result>, <a>, <b>;", pure=True)
+def mul_rn(a: f32, b: f32) -> f32:
+    """`mul.rn`: a product that fastmath leaves alone. PTX ISA 9.7.3.5."""
+
+
+@instruction("fma.rn.f32 <result>, <a>, <b>, <c>;", pure=True)
+def fma_rn(a: f32, b: f32, c: f32) -> f32:
+    """`fma.rn`: a b + c, rounded once, that fastmath leaves alone. PTX ISA 9.7.3.6."""
+
+
 @instruction("cvt.rn.bf16x2.f32 <result>, <high>, <low>;", pure=True)
 def cvt_bf16x2(high: f32, low: f32) -> u32:
     """`cvt.rn.bf16x2.f32`: two floats to a pair of bfloat16, to nearest even. PTX ISA 9.7.9.21."""

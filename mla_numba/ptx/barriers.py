@@ -51,6 +51,11 @@ def fence_proxy_async_shared() -> None:
     TMA may touch it. PTX ISA 9.7.13.4."""
 
 
+@instruction("fence.acq_rel.gpu;")
+def fence_acq_rel_gpu() -> None:
+    """`fence.acq_rel.gpu`: orders this thread's accesses before and after it for the whole GPU. PTX ISA 9.7.13.4."""
+
+
 @instruction("fence.proxy.tensormap::generic.acquire.gpu [<tensor_map>], 128;")
 def fence_proxy_tensormap_acquire(tensor_map: u64) -> None:
     """`fence.proxy.tensormap`: by the thread that will issue TMA, before the first use of a tensor map that lies in global memory

@@ -109,6 +109,22 @@ def st_global_f32(address: u64, value: f32) -> None:
     """`st.global`: a float. PTX ISA 9.7.9.11."""
 
 
+@instruction("atom.add.acq_rel.gpu.global.u32 <result>, [<address>], <value>;")
+def atom_add_acq_rel(address: u64, value: u32) -> u32:
+    """`atom.add.acq_rel.gpu`: adds, and returns what was there; releases what this thread did before (and, after a warp's barrier, its
+    warp), acquires what others released here. PTX ISA 9.7.13.6."""
+
+
+@instruction("ld.acquire.gpu.global.u32 <result>, [<address>];")
+def ld_acquire(address: u64) -> u32:
+    """`ld.acquire.gpu`: what another thread block released. PTX ISA 9.7.9.8."""
+
+
+@instruction("st.relaxed.gpu.global.u32 [<address>], <value>;")
+def st_relaxed(address: u64, value: u32) -> None:
+    """`st.relaxed.gpu`: a word that other thread blocks watch. PTX ISA 9.7.9.11."""
+
+
 @instruction("stmatrix.sync.aligned.m8n8.x4.shared.b16 [<row_smem>], {<a>, <b>, <c>, <d>};")
 def stmatrix_x4(row_smem: u32, a: u32, b: u32, c: u32, d: u32) -> None:
     """`stmatrix.x4`: by a whole warp; stores four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix
