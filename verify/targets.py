@@ -128,11 +128,14 @@ def ours(backend: str, *, arrays: str | None = None) -> Target:
 
     def plan(inputs: Inputs, num_workers: int, batch_invariant: bool = False) -> Any:
         cu_seqlens_q = to_kind(inputs.cu_seqlens_q, arrays)
-        return mla_numba.plan_decode(
-            to_kind(inputs.seq_lens, arrays), num_heads_q=inputs.q.shape[-2], seq_len_q=1 if inputs.ragged else inputs.q.shape[1],
-            num_heads_kv=inputs.kv_cache.shape[2], page_size=inputs.kv_cache.shape[1], head_dim_qk=inputs.q.shape[-1],
-            head_dim_v=inputs.head_dim_v, dtype=inputs.dtype, causal=inputs.causal, cu_seqlens_q=cu_seqlens_q, backend=backend,
-            batch_invariant=batch_invariant, num_workers=num_workers)
+        try:
+            return mla_numba.plan_decode(
+                to_kind(inputs.seq_lens, arrays), num_heads_q=inputs.q.shape[-2], seq_len_q=1 if inputs.ragged else inputs.q.shape[1],
+                num_heads_kv=inputs.kv_cache.shape[2], page_size=inputs.kv_cache.shape[1], head_dim_qk=inputs.q.shape[-1],
+                head_dim_v=inputs.head_dim_v, dtype=inputs.dtype, causal=inputs.causal, cu_seqlens_q=cu_seqlens_q, backend=backend,
+                batch_invariant=batch_invariant, num_workers=num_workers)
+        except mla_numba.BackendUnavailable as error:
+            raise NotImplementedError(str(error)) from error
 
     def merge(states: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         out, lse = mla_numba.merge_states([(to_kind(out, arrays), to_kind(lse, arrays)) for out, lse in states], backend=backend)
