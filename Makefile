@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGE := setup.cfg pyproject.toml .ci/cuda_extra.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test perf sanitize verify lint wheel clean
+.PHONY: help demo test perf sanitize sass verify lint wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,6 +33,9 @@ perf: $(VENV)/perf.stamp  ## measure this machine: ceilings, the quick suite, pe
 
 sanitize: $(VENV)/test.stamp  ## small decodes under NVIDIA's compute-sanitizer, on a GPU machine (BACKEND=simt TOOLS="memcheck racecheck")
 	$(BIN)/python -m perf.sanitize --backend $(BACKEND) --tools $(TOOLS)
+
+sass: $(VENV)/test.stamp  ## what the compiler made of the Hopper kernels: registers, spills, instructions (no GPU needed)
+	$(BIN)/python -m perf.sass
 
 verify: $(VENV)/test.stamp  ## the property suite against every backend that runs here, with a progress bar
 	$(BIN)/python -m verify

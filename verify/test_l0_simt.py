@@ -4,9 +4,7 @@ Levels: l0. The property suite (test_properties.py) covers the rest, in the simu
 """
 
 import itertools
-import pathlib
 import re
-import shutil
 import subprocess
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from mla_numba.config import DecodeShape
 from mla_numba.host import simt
 from mla_numba.kernels import simt_merge
 from mla_numba.kernels.simt_decode import SIMULATOR, SimtConfig, decode_signature, make_decode_kernel
+from perf.sass import find_tool
 from verify.cases import MLACase
 from verify.checks import assert_same_results, assert_within
 
@@ -36,14 +35,7 @@ def _shape(**changes):
 
 
 def _tool(name):
-    """A tool of the CUDA wheels, which are as new as the libNVVM beside them; else the machine's own."""
-    nvidia = pytest.importorskip("nvidia", reason=f"{name} comes with the extra test")
-    for path in nvidia.__path__:
-        for found in pathlib.Path(path).glob(f"**/bin/{name}"):
-            return str(found)
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} is not installed: it comes with the extra test")
-    return shutil.which(name)
+    return find_tool(name) or pytest.skip(f"{name} is not installed: it comes with the extra test")
 
 
 def _compile(function, signature, cc, monkeypatch, tmp_path, **options):

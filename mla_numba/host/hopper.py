@@ -103,7 +103,7 @@ class _Kernel:
         self._configs: dict[tuple[tuple[int, int, int], int], Any] = {}
 
     def launch(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        self._pack(self._arguments, 0, *arguments)
+        self._pack(self._arguments.data, 0, *arguments)
         config = self._configs.get((grid, stream))
         if config is None:
             config = self._configs[grid, stream] = self._config(grid, stream)

@@ -1,0 +1,125 @@
+"""What the compiler made of the Hopper kernels, told without a GPU: `python -m perf.sass` (`make sass`).
+
+Registers, spills and warnings as nvJitLink's assembler reports them; the instructions that matter, counted in the machine code.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+VARIANTS = tuple((dtype, page_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128))
+# Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
+HARMFUL_WARNINGS = ("C7504", "C7508", "C7509", "C7510", "C7514")
+OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL", "STL")
+
+
+@dataclass(frozen=True)
+class SassReport:
+    """One compiled kernel."""
+
+    name: str
+    registers: int          # a thread's at launch; setmaxnreg moves them between warpgroups afterwards
+    stack_bytes: int
+    spill_bytes: int
+    smem_bytes: int         # dynamic
+    warnings: tuple[str, ...]
+    opcodes: Counter[str]
+    num_instructions: int
+    seconds: float          # to compile
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA wheels, which are as new as the libNVVM beside them; else the machine's own."""
+    try:
+        import nvidia
+    except ImportError:
+        return shutil.which(name)
+    for path in nvidia.__path__:
+        for found in Path(path).glob(f"**/bin/{name}"):
+            return str(found)
+    return shutil.which(name)
+
+
+def inspect(name: str, kernel: Any, signature: Any, num_threads: int, smem_bytes: int, fastmath: bool) -> SassReport:
+    """Compile as the host does, and disassemble.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no nvdisasm.
+    """
+    from mla_numba.host.cubin import compile_kernel
+
+    nvdisasm = find_tool("nvdisasm")
+    if nvdisasm is None:
+        raise FileNotFoundError("nvdisasm is not installed: pip install 'mla_numba[test]' brings it")
+    begin = time.perf_counter()
+    # numba-cuda asks the current device for its capability when it compiles a device function, also where there is none.
+    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0))):
+        cubin, log = compile_kernel(kernel, signature, num_threads, fastmath)
+    seconds = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", text)
+    counts = Counter({opcode: sum(f"{operation}.".startswith(opcode + ".") for operation in operations) for opcode in OPCODES})
+    stack, stores, loads = (int(n) for n in re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())  # type: ignore[union-attr]
+    registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+    return SassReport(name, registers, stack, stores + loads, smem_bytes, tuple(w for w in HARMFUL_WARNINGS if w in log), counts,
+                      len(operations), seconds)
+
+
+def hopper_kernels(variants: Sequence[tuple[str, int]] = VARIANTS) -> Iterator[SassReport]:
+    """A report for the decode kernel of each (dtype, page_size), and for the merge kernel of each dtype."""
+    from mla_numba.kernels import hopper_decode, hopper_merge
+
+    for dtype, page_size in variants:
+        config = hopper_decode.HopperConfig(dtype, page_size)
+        yield inspect(f"hopper_decode {dtype} page {page_size}", hopper_decode.make_decode_kernel(config), hopper_decode.decode_signature(),
+                      hopper_decode.NUM_THREADS, hopper_decode.SMEM_BYTES, True)
+    for dtype in dict.fromkeys(dtype for dtype, _ in variants):
+        yield inspect(f"hopper_merge {dtype}", hopper_merge.make_merge_kernel(dtype), hopper_merge.merge_signature(),
+                      hopper_merge.NUM_THREADS, 0, False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 if a kernel spills or was compiled with a harmful warning, 2 if it cannot be told."""
+    parser = argparse.ArgumentParser(prog="python -m perf.sass", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16"), help="only this; repeatable")
+    parser.add_argument("--page-size", action="append", type=int, help="only this; repeatable")
+    args = parser.parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    variants = [(dtype, page_size) for dtype in args.dtype or ("bfloat16", "float16") for page_size in args.page_size or (16, 64, 128)]
+    table = Table("kernel", "registers", "stack", "spills", "smem", *OPCODES, "all", "warnings", "s")
+    console, bad = Console(), False
+    try:
+        with console.status("compiling for sm_90a ..."):
+            for report in hopper_kernels(variants):
+                bad |= bool(report.spill_bytes or report.stack_bytes or report.warnings)
+                table.add_row(report.name, *map(str, (report.registers, report.stack_bytes, report.spill_bytes, report.smem_bytes)),
+                              *(str(report.opcodes[opcode]) for opcode in OPCODES), str(report.num_instructions), " ".join(report.warnings),
+                              f"{report.seconds:.1f}")
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    console.print(table)
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

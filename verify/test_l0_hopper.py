@@ -1,0 +1,129 @@
+"""The hopper backend without a GPU: what its kernels compile to, how shared memory is laid out, what the host decides.
+
+Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
+"""
+
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+
+from mla_numba.config import DecodeShape
+from perf.sass import SassReport, find_tool, hopper_kernels
+
+pytestmark = pytest.mark.l0
+
+hopper_decode = pytest.importorskip("mla_numba.kernels.hopper_decode", reason="the simulator has no intrinsics")
+if hopper_decode.cuda.config.ENABLE_CUDASIM:
+    pytest.skip("the simulator compiles nothing", allow_module_level=True)
+
+from mla_numba.host import hopper  # noqa: E402
+
+# A thread block's on compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
+SMEM_LIMIT = 227 * 1024
+REGISTERS_PER_SM = 65536
+
+
+@cache
+def _reports(dtype: str, page_size: int) -> dict[str, SassReport]:
+    if find_tool("nvdisasm") is None:
+        pytest.skip("nvdisasm comes with the extra test")
+    return {report.name.split()[0]: report for report in hopper_kernels([(dtype, page_size)])}
+
+
+@pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("bfloat16", 16), ("float16", 128)])
+class TestCompiledDecode:
+    def test_nothing_spills(self, dtype, page_size):
+        report = _reports(dtype, page_size)["hopper_decode"]
+        assert (report.stack_bytes, report.spill_bytes, report.opcodes["LDL"], report.opcodes["STL"]) == (0, 0, 0, 0)
+
+    def test_registers_move_to_the_consumers(self, dtype, page_size):
+        report = _reports(dtype, page_size)["hopper_decode"]
+        assert report.registers * hopper_decode.NUM_THREADS <= REGISTERS_PER_SM
+        assert report.opcodes["USETMAXREG"] == 2
+
+    def test_no_warning_that_costs_speed(self, dtype, page_size):
+        assert _reports(dtype, page_size)["hopper_decode"].warnings == ()
+
+    def test_tensor_core_and_tma(self, dtype, page_size):
+        """36 wgmma a QK, at 4 places (first and next, even and odd); 4 a PV, at 8 places (own and other P, in 6 steps of which 2 have
+        one of the two each); TMA for Q at 2 places, and for the 18 tiles of a pair, some at 2 places, a box of a page each."""
+        report = _reports(dtype, page_size)["hopper_decode"]
+        assert report.opcodes["HGMMA"] == 4 * 36 + 10 * 4
+        # A wait after each would be a serialised schedule.
+        assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
+        boxes = hopper_decode.HopperConfig(dtype, page_size).pages_per_block
+        assert report.opcodes["UTMALDG"] == 2 * 9 + (9 + 9 + 5) * boxes
+        assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
+
+    def test_merge(self, dtype, page_size):
+        report = _reports(dtype, page_size)["hopper_merge"]
+        assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
+
+
+def test_shared_memory_fits_and_nothing_overlaps():
+    d = hopper_decode
+    regions = {
+        "Q": (d.Q_SMEM, d.NUM_TILES * d.TILE_BYTES), "K0": (d.K0_SMEM, d.NUM_TILES * d.TILE_BYTES),
+        "K1": (d.K1_SMEM, d.NUM_TILES * d.TILE_BYTES), "P0": (d.P0_SMEM, d.TILE_BYTES), "max": (d.MAX_SMEM, 4 * d.BLOCK_M),
+        "scale0": (d.SCALE0_SMEM, 4 * d.BLOCK_M), "scale1": (d.SCALE1_SMEM, 4 * d.BLOCK_M), "sums": (d.SUM_SMEM, 8 * d.BLOCK_M),
+        "pieces": (d.PIECE_SMEM, 2 * d.PIECE_BYTES), "full": (d.FULL_SMEM, 16 * d.NUM_TILES), "empty": (d.EMPTY_SMEM, 32),
+        "q_full": (d.Q_FULL_SMEM, 8), "q_empty": (d.Q_EMPTY_SMEM, 8)}
+    ends = 0
+    for name, (begin, size) in sorted(regions.items(), key=lambda item: item[1]):
+        assert begin >= ends, name
+        ends = begin + size
+    # The base is brought to a multiple of 1,024.
+    assert ends + 1023 <= d.SMEM_BYTES <= SMEM_LIMIT
+    for name in ("Q", "K0", "K1", "P0"):
+        assert regions[name][0] % 1024 == 0, f"{name}: 128-byte swizzle repeats every 1,024 bytes"
+    assert d.P1_SMEM == d.Q_SMEM + 8 * d.TILE_BYTES
+    # A piece's words are found by flipping one bit of their address, and its parity is that bit.
+    assert d.PIECE_BYTES == 64 and d.PIECE_SMEM % 128 == 0 and d.PIECE_ROW_BEGIN < d.PIECE_BYTES
+    assert all(begin % 8 == 0 for begin, _ in regions.values())
+
+
+def _shape(**changes):
+    values = dict(batch=1, seq_len_q=1, total_q=1, num_heads_q=128, num_heads_kv=1, head_dim_qk=576, head_dim_v=512, page_size=64,
+                  dtype="bfloat16", causal=True, batch_invariant=False)
+    return DecodeShape(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    (dict(), None), (dict(dtype="float16", page_size=8), None), (dict(page_size=192), None),
+    (dict(dtype="float32"), "dtype float32"), (dict(head_dim_v=256), "head_dim_v=256"), (dict(page_size=1), "page_size=1"),
+    (dict(page_size=48), "page_size=48"), (dict(page_size=96), "page_size=96")], ids=str)
+def test_unsupported_shapes_have_a_reason(changes, reason):
+    reasons = hopper.unsupported(_shape(**changes))
+    assert (reasons == []) if reason is None else (reason in reasons[0])
+
+
+@pytest.mark.parametrize(("pointer", "strides", "fits"), [
+    (1024, (73728, 1152, 1152, 2), True), (1026, (73728, 1152, 1152, 2), False), (1024, (73728, 1154, 1152, 2), False),
+    (1024, (-73728, 1152, 1152, 2), False)], ids=str)
+def test_caches_that_tma_cannot_read_have_a_reason(pointer, strides, fits):
+    reasons = hopper.unsupported_layout(SimpleNamespace(pointer=pointer, strides=strides))
+    assert (reasons == []) == fits
+
+
+@pytest.mark.parametrize(("rows", "team"), [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 4), (320, 3), (512, 4)])
+def test_team_keeps_all_sms_busy(rows, team):
+    """Of an H200's 132."""
+    assert hopper.team_size(-(-rows // 64), 1, 132) == team
+
+
+@pytest.mark.parametrize(("kv_heads", "team"), [(1, 2), (2, 2), (66, 2), (200, 2)])
+def test_team_with_kv_heads(kv_heads, team):
+    assert hopper.team_size(2, kv_heads, 132) == team
+
+
+def test_arguments_are_packed_as_the_kernels_read_them():
+    formats = hopper._formats(hopper_decode.decode_signature())
+    assert formats == "QQQqqiQQQQqqqQqqqQQQiiiff"
+    assert len(formats) == hopper_decode.make_decode_kernel(hopper_decode.HopperConfig("bfloat16", 64)).__code__.co_argcount
+
+
+def test_boxes_are_pages_or_parts_of_them():
+    boxes = {size: (hopper_decode.HopperConfig("bfloat16", size).box_rows, hopper_decode.HopperConfig("bfloat16", size).pages_per_block)
+             for size in (8, 16, 32, 64, 128, 256)}
+    assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}

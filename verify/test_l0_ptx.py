@@ -1,0 +1,94 @@
+"""Each intrinsic emits the instruction that it is named after, and says where the PTX ISA describes it. Levels: l0."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from numba import cuda
+
+pytestmark = pytest.mark.l0
+if cuda.config.ENABLE_CUDASIM:
+    pytest.skip("the simulator compiles nothing", allow_module_level=True)
+
+import numba.cuda.dispatcher  # noqa: E402
+import numpy as np  # noqa: E402
+from numba.cuda import types  # noqa: E402
+
+from mla_numba import ptx  # noqa: E402
+
+INSTRUCTIONS = {name: getattr(ptx, name) for name in dir(ptx) if hasattr(getattr(ptx, name), "ptx")}
+MADE = {"wgmma_wait_group": ptx.make_wgmma_wait_group(3), "setmaxnreg_inc": ptx.make_setmaxnreg("inc", 232),
+        "setmaxnreg_dec": ptx.make_setmaxnreg("dec", 40)}
+
+
+def _ptx_of(kernel, *arguments, num_threads=128):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba.cuda.dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0)))
+        text, _ = cuda.compile(kernel, types.void(*arguments), device=False, abi="numba", cc=(9, 0, "a"), output="ptx",
+                               launch_bounds=(num_threads, 1))
+    return text
+
+
+@pytest.mark.parametrize("name", [*INSTRUCTIONS, *MADE])
+def test_instruction_is_in_the_ptx(name):
+    made = {**INSTRUCTIONS, **MADE}[name]
+    names = list(made.operands)
+    call = f"instruction({', '.join(names)})"
+    returns = "<result>" in made.ptx
+    # The result is stored, or the compiler would drop what has no other effect.
+    source = f"def kernel({', '.join(['out', *names])}):\n    {'out[0] = ' if returns else ''}{call}\n"
+    namespace = {"instruction": made}
+    exec(source, namespace)
+    result = types.CPointer(types.float32 if "f32" in made.ptx and returns else types.uint32)
+    text = _ptx_of(namespace["kernel"], result, *made.operands.values())
+    opcode = next(line.split()[0] for line in made.ptx.replace("{", "").splitlines() if re.match(r"[a-z]+[\d]*\.", line.strip()))
+    assert opcode.rstrip(";") in text
+
+
+@pytest.mark.parametrize("name", sorted(set(ptx.__all__) - {"EVICT_FIRST", "EVICT_LAST", "DESCRIPTOR_K_MAJOR", "DESCRIPTOR_MN_MAJOR"}))
+def test_docstring_says_where_it_is_described(name):
+    item = getattr(ptx, name)
+    assert re.search(r"PTX ISA \d|No instruction|The intrinsic", item.__doc__)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("n", [8, 64, 256])
+@pytest.mark.parametrize("a_in_registers", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+def test_wgmma(n, dtype, a_in_registers, b_transposed):
+    wgmma, count = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed), n // 2
+    if a_in_registers:
+        def kernel(out, a, b):
+            d_rmem = cuda.local.array(count, types.float32)
+            for i in range(count):
+                d_rmem[i] = np.float32(0)
+            wgmma(d_rmem, np.uint32(a), np.uint32(a), np.uint32(a), np.uint32(a), b, np.uint32(1))
+            for i in range(count):
+                out[i] = d_rmem[i]
+    else:
+        def kernel(out, a, b):
+            d_rmem = cuda.local.array(count, types.float32)
+            for i in range(count):
+                d_rmem[i] = np.float32(0)
+            wgmma(d_rmem, a, b, np.uint32(1))
+            for i in range(count):
+                out[i] = d_rmem[i]
+    text = _ptx_of(kernel, types.CPointer(types.float32), types.uint64, types.uint64)
+    element = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    (line,) = re.findall(r"wgmma\.mma_async\S+ .*", text)
+    assert line.startswith(f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} ")
+    d, rest = re.match(r"\S+ \{(.*?)\}, (.*);", line).groups()
+    assert len(d.split(", ")) == count
+    # Scale A, scale B, then the transpositions: of A only if it is in shared memory.
+    assert rest.endswith(f", p, 1, 1, {int(b_transposed)}" if a_in_registers else f", p, 1, 1, 0, {int(b_transposed)}")
+    # The accumulator is registers, not memory.
+    assert ".local" not in text
+
+
+def test_descriptors():
+    """PTX ISA 9.7.15.5.1.2: leading offset / 16 in bits 16-29, stride offset / 16 in bits 32-45, swizzle 128 B = 1 in bits 62-63."""
+    for descriptor, leading in ((ptx.DESCRIPTOR_K_MAJOR, 1), (ptx.DESCRIPTOR_MN_MAJOR, 8192 // 16)):
+        assert descriptor >> 62 == 1
+        assert descriptor >> 32 & 0x3FFF == 1024 // 16
+        assert descriptor >> 16 & 0x3FFF == leading
+        assert descriptor & 0x3FFF == 0
