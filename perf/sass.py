@@ -15,8 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 from unittest import mock
+
+if TYPE_CHECKING:
+    from mla_numba.host.launch import KernelSpec
 
 VARIANTS = tuple((dtype, page_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128))
 # Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
@@ -51,7 +54,7 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def inspect(name: str, kernel: Any, signature: Any, num_threads: int, smem_bytes: int, fastmath: bool) -> SassReport:
+def inspect(spec: "KernelSpec") -> SassReport:
     """Compile as the host does, and disassemble.
 
     Raises
@@ -66,8 +69,8 @@ def inspect(name: str, kernel: Any, signature: Any, num_threads: int, smem_bytes
         raise FileNotFoundError("nvdisasm is not installed: pip install 'mla_numba[test]' brings it")
     begin = time.perf_counter()
     # numba-cuda asks the current device for its capability when it compiles a device function, also where there is none.
-    with mock.patch("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0))):
-        cubin, log = compile_kernel(kernel, signature, num_threads, fastmath)
+    with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=SimpleNamespace(compute_capability=(9, 0))):
+        cubin, log = compile_kernel(spec)
     seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -78,21 +81,18 @@ def inspect(name: str, kernel: Any, signature: Any, num_threads: int, smem_bytes
     stack, stores, loads = (int(n) for n in re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())  # type: ignore[union-attr]
     registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
-    return SassReport(name, registers, stack, stores + loads, smem_bytes, tuple(w for w in HARMFUL_WARNINGS if w in log), counts,
+    return SassReport(spec.name, registers, stack, stores + loads, spec.smem_bytes, tuple(w for w in HARMFUL_WARNINGS if w in log), counts,
                       len(operations), seconds)
 
 
 def hopper_kernels(variants: Sequence[tuple[str, int]] = VARIANTS) -> Iterator[SassReport]:
     """A report for the decode kernel of each (dtype, page_size), and for the merge kernel of each dtype."""
-    from mla_numba.kernels import hopper_decode, hopper_merge
+    from mla_numba.host.hopper import decode_spec, merge_spec
 
     for dtype, page_size in variants:
-        config = hopper_decode.HopperConfig(dtype, page_size)
-        yield inspect(f"hopper_decode {dtype} page {page_size}", hopper_decode.make_decode_kernel(config), hopper_decode.decode_signature(),
-                      hopper_decode.NUM_THREADS, hopper_decode.SMEM_BYTES, True)
+        yield inspect(decode_spec(dtype, page_size))
     for dtype in dict.fromkeys(dtype for dtype, _ in variants):
-        yield inspect(f"hopper_merge {dtype}", hopper_merge.make_merge_kernel(dtype), hopper_merge.merge_signature(),
-                      hopper_merge.NUM_THREADS, 0, False)
+        yield inspect(merge_spec(dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.table import Table
 
     variants = [(dtype, page_size) for dtype in args.dtype or ("bfloat16", "float16") for page_size in args.page_size or (16, 64, 128)]
-    table = Table("kernel", "registers", "stack", "spills", "smem", *OPCODES, "all", "warnings", "s")
-    console, bad = Console(), False
+    table = Table("kernel", "registers", "stack", "spills", "smem", *OPCODES, "all", "warnings", "s", box=None, pad_edge=False)
+    console, bad = Console(width=None if sys.stdout.isatty() else 180), False
     try:
         with console.status("compiling for sm_90a ..."):
             for report in hopper_kernels(variants):

@@ -14,8 +14,8 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 from mla_numba.config import DecodeShape  # noqa: E402
-from mla_numba.host import hopper  # noqa: E402
-from mla_numba.kernels import hopper_decode  # noqa: E402
+from mla_numba.host import gpu, hopper  # noqa: E402
+from mla_numba.kernels import hopper_config  # noqa: E402
 from perf.sass import SassReport, find_tool, hopper_kernels  # noqa: E402
 
 # A thread block's on compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
@@ -27,7 +27,7 @@ REGISTERS_PER_SM = 65536
 def _reports(dtype: str, page_size: int) -> dict[str, SassReport]:
     if find_tool("nvdisasm") is None:
         pytest.skip("nvdisasm comes with the extra test")
-    return {report.name.split()[0]: report for report in hopper_kernels([(dtype, page_size)])}
+    return {report.name.split("-")[0]: report for report in hopper_kernels([(dtype, page_size)])}
 
 
 @pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("bfloat16", 16), ("float16", 128)])
@@ -38,7 +38,7 @@ class TestCompiledDecode:
 
     def test_registers_move_to_the_consumers(self, dtype, page_size):
         report = _reports(dtype, page_size)["hopper_decode"]
-        assert report.registers * hopper_decode.NUM_THREADS <= REGISTERS_PER_SM
+        assert report.registers * hopper_config.NUM_THREADS <= REGISTERS_PER_SM
         assert report.opcodes["USETMAXREG"] == 2
 
     def test_no_warning_that_costs_speed(self, dtype, page_size):
@@ -51,7 +51,7 @@ class TestCompiledDecode:
         assert report.opcodes["HGMMA"] == 4 * 36 + 10 * 4
         # A wait after each would be a serialised schedule.
         assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
-        boxes = hopper_decode.HopperConfig(dtype, page_size).pages_per_block
+        boxes = hopper_config.HopperConfig(dtype, page_size).pages_per_block
         assert report.opcodes["UTMALDG"] == 2 * 9 + (9 + 9 + 5) * boxes
         assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
 
@@ -61,7 +61,7 @@ class TestCompiledDecode:
 
 
 def test_shared_memory_fits_and_nothing_overlaps():
-    d = hopper_decode
+    d = hopper_config
     regions = {
         "Q": (d.Q_SMEM, d.NUM_TILES * d.TILE_BYTES), "K0": (d.K0_SMEM, d.NUM_TILES * d.TILE_BYTES),
         "K1": (d.K1_SMEM, d.NUM_TILES * d.TILE_BYTES), "P0": (d.P0_SMEM, d.TILE_BYTES), "max": (d.MAX_SMEM, 4 * d.BLOCK_M),
@@ -117,12 +117,12 @@ def test_team_with_kv_heads(kv_heads, team):
 
 
 def test_arguments_are_packed_as_the_kernels_read_them():
-    formats = hopper._formats(hopper_decode.decode_signature())
-    assert formats == "QQQqqiQQQQqqqQqqqQQQiiiff"
-    assert len(formats) == hopper_decode.make_decode_kernel(hopper_decode.HopperConfig("bfloat16", 64)).__code__.co_argcount
+    spec = hopper.decode_spec("bfloat16", 64)
+    assert gpu.formats(spec.types()) == "QQQqqiQQQQqqqQqqqQQQiiiff"
+    assert len(spec.types().args) == spec.kernel().__code__.co_argcount
 
 
 def test_boxes_are_pages_or_parts_of_them():
-    boxes = {size: (hopper_decode.HopperConfig("bfloat16", size).box_rows, hopper_decode.HopperConfig("bfloat16", size).pages_per_block)
+    boxes = {size: (hopper_config.HopperConfig("bfloat16", size).box_rows, hopper_config.HopperConfig("bfloat16", size).pages_per_block)
              for size in (8, 16, 32, 64, 128, 256)}
     assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}

@@ -62,7 +62,10 @@ def test_wgmma(n, dtype, a_in_registers, b_transposed):
             d_rmem = cuda.local.array(count, types.float32)
             for i in range(count):
                 d_rmem[i] = np.float32(0)
-            wgmma(d_rmem, np.uint32(a), np.uint32(a), np.uint32(a), np.uint32(a), b, np.uint32(1))
+            a_rmem = cuda.local.array(4, types.uint32)
+            for i in range(4):
+                a_rmem[i] = np.uint32(a)
+            wgmma(d_rmem, a_rmem, 0, b, np.uint32(1))
             for i in range(count):
                 out[i] = d_rmem[i]
     else:

@@ -11,12 +11,13 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from cuda.bindings import driver, nvjitlink
 from numba import cuda
+
+from .launch import KernelSpec
 
 _SOURCES = ("ptx/*.py", "kernels/*.py", "contract.py", "scheduler.py", "config.py")
 
@@ -48,15 +49,15 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("MLA_NUMBA_CACHE_DIR") or pathlib.Path.home() / ".cache" / "mla_numba")
 
 
-def compile_kernel(kernel: Callable[..., None], signature: Any, num_threads: int, fastmath: bool) -> tuple[bytes, str]:
+def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
     """The cubin of a kernel for sm_90a, and the linker's report. Needs no GPU.
 
     By link-time optimisation, of the whole program: of one part among others, as Numba's PTX would be, nvJitLink ignores setmaxnreg
     (C7504), keeps to 168 registers, spills and serialises every wgmma (C7509): 102 TFLOPS where this gives 606 (H200, batch 66 x
     128 heads x 4,096 tokens).
     """
-    code, _ = cuda.compile(kernel, signature, device=False, abi="numba", cc=(9, 0, "a"), output="ltoir", fastmath=fastmath,
-                           launch_bounds=(num_threads, 1))
+    code, _ = cuda.compile(spec.kernel(), spec.types(), device=False, abi="numba", cc=(9, 0, "a"), output="ltoir", fastmath=spec.fastmath,
+                           launch_bounds=(spec.num_threads, 1))
     options = ["-arch=sm_90a", "-lto", "-verbose"]
     linker = nvjitlink.create(len(options), options)
     try:
@@ -71,24 +72,23 @@ def compile_kernel(kernel: Callable[..., None], signature: Any, num_threads: int
     return bytes(cubin), report.rstrip(b"\0").decode()
 
 
-@cache
-def load_kernel(make: Callable[[], Callable[..., None]], signature: Any, name: str, num_threads: int, smem_bytes: int, fastmath: bool,
-                device_idx: int) -> Any:
-    """The driver's handle of the kernel that `make` returns; `name` tells its configuration apart from others."""
-    key = hashlib.sha256(f"{_sources_digest()} {name} {signature} {num_threads} {fastmath}".encode()).hexdigest()
-    path = cache_dir() / f"{name}-{key[:32]}.cubin"
+def load_kernel(spec: KernelSpec, device_idx: int) -> Any:
+    """The driver's handle of the kernel."""
+    key = hashlib.sha256(f"{_sources_digest()} {spec.name} {spec.types()} {spec.num_threads} {spec.fastmath}".encode()).hexdigest()
+    path = cache_dir() / f"{spec.name}-{key[:32]}.cubin"
     try:
         code = path.read_bytes()
     except OSError:
         begin = time.perf_counter()
-        code, _ = compile_kernel(make(), signature, num_threads, fastmath)
-        compile_seconds[name] = time.perf_counter() - begin
+        code, _ = compile_kernel(spec)
+        compile_seconds[spec.name] = time.perf_counter() - begin
         _keep(path, code)
-    library = checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"cuLibraryLoadData of {name}")
+    library = checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"cuLibraryLoadData of {spec.name}")
     (kernel,) = checked(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
-    if smem_bytes > 0:
+    if spec.smem_bytes > 0:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuKernelSetAttribute(attribute, smem_bytes, kernel, device_idx), f"asking for {smem_bytes} bytes of shared memory")
+        checked(driver.cuKernelSetAttribute(attribute, spec.smem_bytes, kernel, device_idx),
+                f"asking for {spec.smem_bytes} bytes of shared memory")
     return driver.CUfunction(int(kernel))
 
 

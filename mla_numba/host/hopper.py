@@ -1,10 +1,8 @@
 """Backend `hopper`: TMA and wgmma kernels for compute capability 9.0. Arrays are described, not wrapped: a launch packs addresses."""
 
-import struct
 import threading
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 from numba import cuda
@@ -12,7 +10,7 @@ from numba import cuda
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, INVARIANT_SPLIT_TOKENS, LOG2_E
 from . import simt
-from .launch import ArrayMemory, configured, numba_stream
+from .launch import ArrayMemory, KernelSpec, Strided, numba_stream
 from .schedule import Schedule, make_device_schedule
 from .simt import merge_states as merge_states
 
@@ -73,10 +71,12 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
     return max(range(min(row_tiles, 2), min(row_tiles, _MAX_TEAM) + 1), key=lambda team: (use(team), team))
 
 
-def schedule_config(shape: DecodeShape) -> ScheduleConfig:
-    from ..kernels.hopper_decode import BLOCK_M, BLOCK_N
+def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleConfig:
+    """For the current device, or for one of so many SMs."""
+    from ..kernels.hopper_config import BLOCK_M, BLOCK_N
 
-    num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
+    if num_sms is None:
+        num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
     team = team_size(ceil_div(max(shape.seq_len_q, 1) * shape.heads_per_kv, BLOCK_M), shape.num_heads_kv, num_sms)
     return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
                           overhead_blocks=_OVERHEAD_BLOCKS, min_split_blocks=_MIN_SPLIT_BLOCKS,
@@ -87,100 +87,38 @@ def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_
     return make_device_schedule(config, shape, seq_lens, cu_seqlens_q, numba_stream(stream))
 
 
-class _Kernel:
-    """A loaded kernel and the memory that its arguments are passed in. Used under `_launch_lock`."""
+class Device(Protocol):
+    """What `decode` needs of a GPU: `gpu.Gpu`, or the emulator of verify/emulator."""
 
-    def __init__(self, function: Any, formats: str, num_threads: int, smem_bytes: int):
-        from cuda.bindings import driver
+    num_sms: int
 
-        self._driver, self._function = driver, function
-        # Every argument has 8 bytes of its own; cuLaunchKernelEx takes the addresses of them all.
-        self._pack = struct.Struct("<" + "".join(code if code in "Qq" else code + "4x" for code in formats)).pack_into
-        self._arguments = np.zeros(len(formats), np.uint64)
-        self._pointers = self._arguments.ctypes.data + 8 * np.arange(len(formats), dtype=np.uint64)
-        self._pointers_address = self._pointers.ctypes.data
-        self._num_threads, self._smem_bytes = num_threads, smem_bytes
-        self._configs: dict[tuple[tuple[int, int, int], int], Any] = {}
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int: ...
 
-    def launch(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        self._pack(self._arguments.data, 0, *arguments)
-        config = self._configs.get((grid, stream))
-        if config is None:
-            config = self._configs[grid, stream] = self._config(grid, stream)
-        (error,) = self._driver.cuLaunchKernelEx(config, self._function, self._pointers_address, 0)
-        if error:
-            raise RuntimeError(f"cuLaunchKernelEx failed: {error.name}")
+    def workspace(self, num_floats: int, stream: int, purpose: str) -> int: ...
 
-    def _config(self, grid: tuple[int, int, int], stream: int) -> Any:
-        driver = self._driver
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
-        config.sharedMemBytes, config.hStream = self._smem_bytes, driver.CUstream(stream)
-        # Blocks may come onto the machine while the kernel before ends; they wait for it with griddepcontrol.wait.
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
-        return config
+    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None: ...
 
-
-def _formats(signature: Any) -> str:
-    """struct's letters for the arguments of a kernel."""
-    letters = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
-    return "".join(letters.get(str(argument), "Q") for argument in signature.args)
+    def copy(self, destination: Strided, source: Strided, stream: int) -> None: ...
 
 
 @cache
-def _kernel(make: Callable[[], Callable[..., None]], signature: Any, name: str, num_threads: int, smem_bytes: int, fastmath: bool,
-            device_idx: int) -> _Kernel:
-    from .cubin import load_kernel
+def decode_spec(dtype: str, page_size: int) -> KernelSpec:
+    from ..kernels import hopper_config as kernel
 
-    return _Kernel(load_kernel(make, signature, name, num_threads, smem_bytes, fastmath, device_idx), _formats(signature), num_threads, smem_bytes)
-
-
-@cache
-def _decode_kernel(dtype: str, page_size: int, device_idx: int) -> _Kernel:
-    from ..kernels import hopper_decode
-
-    return _kernel(partial(hopper_decode.make_decode_kernel, hopper_decode.HopperConfig(dtype, page_size)), hopper_decode.decode_signature(),
-                   f"hopper_decode-{dtype}-{page_size}", hopper_decode.NUM_THREADS, hopper_decode.SMEM_BYTES, True, device_idx)
+    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size),), "decode_signature",
+                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True)
 
 
 @cache
-def _merge_kernel(dtype: str, device_idx: int) -> _Kernel:
-    from ..kernels import hopper_merge
+def merge_spec(dtype: str) -> KernelSpec:
+    from ..kernels.hopper_merge import NUM_THREADS
 
     # Not fastmath: here infinities are data.
-    return _kernel(partial(hopper_merge.make_merge_kernel, dtype), hopper_merge.merge_signature(), f"hopper_merge-{dtype}",
-                   hopper_merge.NUM_THREADS, 0, False, device_idx)
-
-
-@cache
-def _merge_blocks(device_idx: int) -> int:
-    """Thread blocks of the merge: two for each block of threads that an SM holds of them."""
-    return int(8 * cuda.gpus[device_idx].MULTIPROCESSOR_COUNT)
-
-
-@cache
-def _tensor_maps(device_idx: int) -> Any:
-    from .tensor_map import TensorMaps
-
-    return TensorMaps()
+    return KernelSpec("hopper_merge", "make_merge_kernel", (dtype,), "merge_signature", NUM_THREADS, 0, fastmath=False)
 
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
-# Memory per (device, stream, purpose), grown as needed. A former, smaller one may be in a captured graph: it is kept.
-_workspaces: dict[tuple[int, int, str], list[Any]] = {}
-
-
-def _workspace(num_floats: int, device_idx: int, stream: int, purpose: str) -> int:
-    """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes."""
-    kept = _workspaces.setdefault((device_idx, stream, purpose), [])
-    if not kept or kept[-1].size < num_floats:
-        kept.append(cuda.to_device(np.zeros(max(num_floats, 1), np.float32)))
-    return int(kept[-1].__cuda_array_interface__["data"][0])
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -188,32 +126,10 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
-@cache
-def _copy_kernel() -> Any:
-    def copy(destination: Any, source: Any) -> None:
-        """Grid of any size; arrays of equal shape and 16-bit elements, any strides."""
-        for i in range(cuda.grid(1), source.size, cuda.gridsize(1)):
-            rest, e = i // source.shape[4], i % source.shape[4]
-            rest, d = rest // source.shape[3], rest % source.shape[3]
-            rest, c = rest // source.shape[2], rest % source.shape[2]
-            destination[rest // source.shape[1], rest % source.shape[1], c, d, e] = source[rest // source.shape[1], rest % source.shape[1], c, d, e]
-
-    return cuda.jit(copy)
-
-
-def _as_uint16(address: int, shape: tuple[int, ...], strides: tuple[int, ...], owner: Any) -> Any:
-    interface = {"shape": shape, "strides": strides, "typestr": "<u2", "data": (address, False), "version": 3}
-    return cuda.from_cuda_array_interface(interface, owner=owner, sync=False)
-
-
-def _copied(destination: Any, source: Any, stream: int) -> None:
-    configured(_copy_kernel(), min(1024, ceil_div(source.size, 256)), 256, numba_stream(stream))(destination, source)
-
-
-def _q_map(shape: DecodeShape, q: ArrayMemory, maps: Any, stream: int) -> int:
+def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device, stream: int) -> int:
     """Tensor map of q as (packed rows, KV heads, q batches). Packed rows are token by token, head by head; where q's strides have no
     such axis, or suit no TMA, q is copied first."""
-    from ..kernels.hopper_decode import BLOCK_M, TILE_COLUMNS
+    from ..kernels.hopper_config import BLOCK_M, TILE_COLUMNS
 
     q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
@@ -221,58 +137,62 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, maps: Any, stream: int) -> int:
     address, group_stride = q.pointer, heads * head_stride
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
     if not packed or address % 16 or head_stride % 16 or batch_stride % 16 or min(head_stride, batch_stride) < 0:
-        source = _as_uint16(address, (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK),
-                            (batch_stride, token_stride, group_stride, head_stride, 2), q.owner)
+        source = Strided(address, (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK),
+                         (batch_stride, token_stride, group_stride, head_stride, 2), q.owner)
         head_stride = 2 * HEAD_DIM_QK
         group_stride, batch_stride = tokens * heads * head_stride, kv_heads * tokens * heads * head_stride
-        address = _workspace(q.size // 2, q.device or 0, stream, "q")
-        _copied(_as_uint16(address, source.shape, (batch_stride, heads * head_stride, group_stride, head_stride, 2), None), source, stream)
+        address = device.workspace(q.size // 2, stream, "q")
+        device.copy(Strided(address, source.shape, (batch_stride, heads * head_stride, group_stride, head_stride, 2)), source, stream)
     # TMA takes no stride of 0; that of an axis of one does not matter.
     strides = (head_stride or 16, group_stride or 16, batch_stride or 16)
-    return int(maps.address(shape.dtype, address, (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), strides, (TILE_COLUMNS, BLOCK_M, 1, 1)))
+    return device.tensor_map(shape.dtype, address, (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), strides,
+                             (TILE_COLUMNS, BLOCK_M, 1, 1))
 
 
-def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, maps: Any) -> int:
-    from ..kernels.hopper_decode import TILE_COLUMNS, HopperConfig
+def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> int:
+    from ..kernels.hopper_config import TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
-    return int(maps.address(shape.dtype, kv_cache.pointer, (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
-                            (token_stride or 16, head_stride or 16, page_stride or 16),
-                            (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1)))
+    return device.tensor_map(shape.dtype, kv_cache.pointer, (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
+                             (token_stride or 16, head_stride or 16, page_stride or 16),
+                             (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1))
 
 
-def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory, lse: ArrayMemory,
-           softmax_scale: float, empty_lse: float, stream: int) -> None:
-    from ..kernels.hopper_decode import BLOCK_M
+def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
+           lse: ArrayMemory, softmax_scale: float, empty_lse: float, stream: int, device: Device | None = None) -> None:
+    from ..kernels.hopper_config import BLOCK_M
 
-    device_idx = q.device or 0
-    maps = _tensor_maps(device_idx)
-    kv_map = _kv_map(shape, kv_cache, maps)
+    if device is None:
+        from .gpu import gpu
+
+        device = gpu(q.device or 0)
+    kv_map = _kv_map(shape, kv_cache, device)
     num_workers, rows_per_job = schedule.config.num_workers, schedule.config.rows_per_job
     tables, row_tiles = schedule.addresses, rows_per_job // BLOCK_M
     rows = max(schedule.num_slots, 1) * shape.num_heads_kv * rows_per_job
     with _launch_lock:
-        q_map = _q_map(shape, q, maps, stream)
+        q_map = _q_map(shape, q, device, stream)
         out_address, out_strides = out.pointer, out.strides[:3]
         # The kernels store 16 bytes of a row at a time.
         copied_out = out_address % 16 != 0 or any(stride % 16 for stride in out_strides)
         if copied_out:
-            out_address, out_strides = _workspace(out.size // 2, device_idx, stream, "out"), _c_strides(out.shape)
+            out_address, out_strides = device.workspace(out.size // 2, stream, "out"), _c_strides(out.shape)
         results = (out_address, *out_strides, lse.pointer, *lse.strides)
         # O, and lse2 once for each half of the columns.
-        o_partial = _workspace(rows * (HEAD_DIM_V + 2), device_idx, stream, "partials")
+        o_partial = device.workspace(rows * (HEAD_DIM_V + 2), stream, "partials")
         partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
         # A word for each 16 rows and half of the columns, 0 between launches.
-        counters = _workspace(rows // 16 * 2, device_idx, stream, "counters")
-        _decode_kernel(shape.dtype, shape.page_size, device_idx).launch(
-            (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map, block_table.pointer, *block_table.strides,
-            block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results, *partials, counters, shape.heads_per_kv,
-            int(shape.causal), schedule.config.split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
+        counters = device.workspace(rows // 16 * 2, stream, "counters")
+        device.launch(
+            decode_spec(shape.dtype, shape.page_size), (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map,
+            block_table.pointer, *block_table.strides, block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results,
+            *partials, counters, shape.heads_per_kv, int(shape.causal), schedule.config.split_blocks,
+            max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
-            _merge_kernel(shape.dtype, device_idx).launch(
-                (_merge_blocks(device_idx), 1, 1), stream, tables["merges"], tables["totals"], *partials, *results, row_tiles,
-                shape.num_heads_kv, shape.heads_per_kv, empty_lse)
+            # About as many thread blocks as the SMs hold together.
+            device.launch(merge_spec(shape.dtype), (3 * device.num_sms, 1, 1), stream, tables["merges"], tables["totals"], *partials,
+                          *results, row_tiles, shape.num_heads_kv, shape.heads_per_kv, empty_lse)
         if copied_out:
             five = (*out.shape[:3], 1, HEAD_DIM_V)
-            _copied(_as_uint16(out.pointer, five, (*out.strides[:3], 0, 2), out.owner),
-                    _as_uint16(out_address, five, (*out_strides, 0, 2), None), stream)
+            device.copy(Strided(out.pointer, five, (*out.strides[:3], 0, 2), out.owner),
+                        Strided(out_address, five, (*out_strides, 0, 2)), stream)

@@ -1,7 +1,10 @@
-"""Launching Numba kernels: grids as small as the work is."""
+"""What is launched: kernels by their specification, arrays by where they lie."""
 
+import importlib
 import warnings
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from numba import cuda
 from numba.cuda.core.errors import NumbaPerformanceWarning
@@ -27,6 +30,46 @@ class ArrayMemory(Protocol):
 
     @property
     def owner(self) -> Any: ...
+
+
+class Strided(NamedTuple):
+    """16-bit elements in device memory, five axes; strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    owner: Any = None       # keeps the memory alive
+
+
+@dataclass(frozen=True, eq=False)
+class KernelSpec:
+    """A kernel to be made: `mla_numba.kernels.<module>` has the function `make`, which takes `configuration`, and `signature`.
+
+    Specs are compared by identity: whoever hands them out keeps one for each configuration.
+    """
+
+    module: str
+    make: str
+    configuration: tuple[Any, ...]
+    signature: str
+    num_threads: int
+    smem_bytes: int         # dynamic
+    fastmath: bool
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.module, *(str(part) for part in self.configuration)])
+
+    def kernel(self) -> Callable[..., None]:
+        made: Callable[..., None] = getattr(self._module(), self.make)(*self.configuration)
+        return made
+
+    def types(self) -> Any:
+        """Numba's types of the kernel and its arguments."""
+        return getattr(self._module(), self.signature)()
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"mla_numba.kernels.{self.module}")
 
 
 def numba_stream(handle: int) -> Any:

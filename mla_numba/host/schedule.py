@@ -50,7 +50,8 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
     _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *_build_arguments(config, shape),
-                   tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"], tables["starts"], tables["merges"], tables["totals"])
+                   tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"], tables["starts"], tables["merges"],
+                   tables["totals"])
     extra_splits = int(tables["totals"][TOTAL_EXTRA_SPLITS])
     del tables["axis"]
     return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .instruction import element_pointers, emit, instruction, numbered, u32, u64
+from .instruction import array_data, element_pointers, emit, i32, instruction, numbered, u32, u64
 
 # Matrix descriptor of a tile with 128-byte swizzle, without its address (PTX ISA 9.7.15.5.1.2). Bits 0-13 address / 16,
 # 16-29 leading offset / 16, 32-45 stride offset / 16, 62-63 swizzle. Rows of 64 16-bit elements, 8 rows an atom of 1,024 bytes:
@@ -42,8 +42,8 @@ def make_wgmma_wait_group(pending: int) -> Any:
 def make_wgmma(n: int, dtype: str, a_in_registers: bool = False, b_transposed: bool = False) -> Any:
     """The intrinsic D (64 x n, float32) = A (64 x 16) B (16 x n) + D, by a warpgroup; PTX ISA 9.7.15.5.2.
 
-    Its arguments: D, a `cuda.local.array` of n/2 floats; A, a descriptor or four registers; the descriptor of B; `accumulate`, 0 to
-    begin D anew. It reads A, B and D at any time up to the wait for its group.
+    Its arguments: D, a `cuda.local.array` of n/2 floats; A, a descriptor, or an array of registers and the first of the four that it
+    takes; the descriptor of B; `accumulate`, 0 to begin D anew. It reads A, B and D at any time up to the wait for its group.
 
     D of thread t: register i is row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
     """
@@ -61,15 +61,20 @@ def make_wgmma(n: int, dtype: str, a_in_registers: bool = False, b_transposed: b
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
         pointers = element_pointers(context, builder, signature.args[0], args[0], count)
         values = [builder.load(pointer) for pointer in pointers]
-        returned = emit(builder, text, constraints, ir.LiteralStructType([value.type for value in values]), [*args[1:], *values])
+        operands = args[1:]
+        if a_in_registers:
+            data = array_data(context, builder, signature.args[1], args[1])
+            places = [builder.gep(data, [builder.add(args[2], ir.Constant(ir.IntType(32), i))]) for i in range(4)]
+            operands = [*(builder.load(place) for place in places), *args[3:]]
+        returned = emit(builder, text, constraints, ir.LiteralStructType([value.type for value in values]), [*operands, *values])
         for i, pointer in enumerate(pointers):
             builder.store(builder.extract_value(returned, i), pointer)
         return context.get_dummy_value()
 
     if a_in_registers:
         @intrinsic
-        def wgmma(typingctx: Any, d: Any, a0: Any, a1: Any, a2: Any, a3: Any, b: Any, accumulate: Any) -> Any:
-            return types.void(d, u32, u32, u32, u32, u64, u32), codegen
+        def wgmma(typingctx: Any, d: Any, a: Any, first: Any, b: Any, accumulate: Any) -> Any:
+            return types.void(d, a, i32, u64, u32), codegen
     else:
         @intrinsic
         def wgmma(typingctx: Any, d: Any, a: Any, b: Any, accumulate: Any) -> Any:

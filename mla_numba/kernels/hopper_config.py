@@ -1,0 +1,104 @@
+"""The Hopper kernels' geometry: tiles, shared memory, barriers, and the groups of values that their parts hand to each other."""
+
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from ..contract import HEAD_DIM_QK, HEAD_DIM_V
+
+f32 = np.float32
+
+# Below any score, and finite, so that a difference of two is a number.
+NO_SCORE = f32(-1e30)
+MINUS_INFINITY = f32(-np.inf)
+# The maximum may lag so many powers of two behind: P stays below 2^8, exact after the division by the sum.
+MAX_LAG = f32(8)
+
+BLOCK_M = 64                            # query rows of a thread block: the M of wgmma
+BLOCK_N = 64                            # tokens of a step: rows of a tile
+TILE_COLUMNS = 64                       # 128 bytes of 16-bit elements: the width of the swizzle
+TILE_BYTES = 64 * 128
+NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
+LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpgroup 0; the others by warpgroup 1
+K_STEPS = 4                             # wgmma of 16 along a tile's 64 columns, or along a block's 64 tokens
+
+NUM_CONSUMERS = 256
+NUM_WARPS = NUM_CONSUMERS // 32         # of consumers, each with 16 rows and half of the columns of O
+NUM_THREADS = NUM_CONSUMERS + 128
+# 65,536 registers: 232 x 256 + 40 x 128.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+
+# A warp's part of a partial O, as its registers hold it: 32 strips of 16 rows x 8 columns, 16 bytes a lane.
+STRIPS = 32
+STRIP_BYTES = 512
+WARP_PART_BYTES = STRIPS * STRIP_BYTES
+
+# Named barriers; 0 is syncthreads. WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
+P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6
+
+# Shared memory, bytes from a multiple of 1,024.
+Q_SMEM = 0
+K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES
+K1_SMEM = K0_SMEM + NUM_TILES * TILE_BYTES
+P0_SMEM = K1_SMEM + NUM_TILES * TILE_BYTES
+P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES
+MAX_SMEM = P0_SMEM + TILE_BYTES
+SCALE0_SMEM = MAX_SMEM + 4 * BLOCK_M
+SCALE1_SMEM = SCALE0_SMEM + 4 * BLOCK_M
+SUM_SMEM = SCALE1_SMEM + 4 * BLOCK_M
+PIECE_SMEM = SUM_SMEM + 2 * 4 * BLOCK_M
+PIECE_BYTES = 64
+FULL_SMEM = PIECE_SMEM + 2 * PIECE_BYTES
+EMPTY_SMEM = FULL_SMEM + 2 * NUM_TILES * 8
+Q_FULL_SMEM = EMPTY_SMEM + 2 * 2 * 8
+Q_EMPTY_SMEM = Q_FULL_SMEM + 8
+SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
+# A thread has two rows, 8 apart, in every array of a value per row.
+NEXT_ROW = 8 * 4
+
+# A piece, as the producer describes it to the consumers: int32 words of piece_smem.
+(PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_NUM_PARTS, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN,
+ PIECE_ROW_BEGIN) = (4 * word for word in range(9))
+END_OF_WORK = -1
+
+# A consumer's arrays: S 32 floats, O 128 floats, P and Q's last tile 16 words each, the sums of its two rows.
+Registers = namedtuple("Registers", "s_rmem o_rmem p_rmem q8_rmem sums_rmem")
+# A consumer thread's place: the block's shared memory, its first row there, its number in the warpgroup and in the warp.
+Place = namedtuple("Place", "base row_smem thread lane")
+# What all rows of a launch have in common.
+Problem = namedtuple("Problem", "heads_per_kv causal scale_log2e")
+# The arrays that a launch reads; strides in bytes.
+Tables = namedtuple("Tables", "q_map kv_map block_table row_stride column_stride max_pages jobs workers starts split_blocks")
+# The arrays that it writes; strides in bytes.
+Results = namedtuple("Results", "out out_batch_stride out_token_stride out_head_stride lse lse_batch_stride lse_head_stride "
+                     "lse_token_stride empty_lse")
+Partials = namedtuple("Partials", "o lse2 counters")
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """What one compiled decode kernel is made for."""
+
+    dtype: str
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.page_size}"
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens of a TMA box: a page, or a block's part of it."""
+        return min(self.page_size, BLOCK_N)
+
+    @property
+    def pages_per_block(self) -> int:
+        return BLOCK_N // self.box_rows
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """A device function that becomes part of its caller, so that constants among its arguments choose its branches."""
+    return cuda.jit(device=True, forceinline=True, fastmath=True)(function)

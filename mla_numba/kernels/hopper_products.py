@@ -1,0 +1,115 @@
+"""The consumers' products: S = Q K^T and O += P V by wgmma, and how Q and P get to where the tensor core reads them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from .. import ptx
+from .hopper_config import FULL_SMEM, K0_SMEM, K1_SMEM, K_STEPS, LEFT_TILES, NUM_TILES, P1_SMEM, Q_SMEM, TILE_BYTES, HopperConfig, inline
+
+u32, u64 = np.uint32, np.uint64
+
+# In a descriptor addresses count 16 bytes. The next 16 columns of a K-major row; the next 16 rows of a tile read as V.
+NEXT_TILE, NEXT_COLUMNS, NEXT_ROWS = TILE_BYTES >> 4, 32 >> 4, 16 * 128 >> 4
+
+
+def make_products(config: HopperConfig) -> SimpleNamespace:
+    """The functions below, by name."""
+    wgmma_qk = ptx.make_wgmma(64, config.dtype)
+    wgmma_qk_rmem = ptx.make_wgmma(64, config.dtype, a_in_registers=True)
+    wgmma_pv = ptx.make_wgmma(256, config.dtype, b_transposed=True)
+    wgmma_pv_rmem = ptx.make_wgmma(256, config.dtype, a_in_registers=True, b_transposed=True)
+    wait_all = ptx.make_wgmma_wait_group(0)
+    s_fence = ptx.make_registers_fence(32)
+    K_MAJOR, MN_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR), u64(ptx.DESCRIPTOR_MN_MAJOR)
+
+    @inline
+    def matrix_row(tile_smem, k, at):
+        """The row of 16 bytes that this lane gives ldmatrix or stmatrix for columns 16 k to 16 k + 15 of its warp's rows."""
+        row = (at.thread >> u32(5)) * u32(16) + (at.lane & u32(15))
+        chunk = u32(2 * k) + (at.lane >> u32(4))
+        return tile_smem + row * u32(128) + ((chunk ^ (row & u32(7))) << u32(4))
+
+    @inline
+    def load_q8(q8_rmem, at):
+        """Q's last tile to registers, as wgmma's A; its place becomes P1's."""
+        for k in range(K_STEPS):
+            ptx.ldmatrix_x4(q8_rmem, 4 * k, matrix_row(at.base + u32(P1_SMEM), k, at))
+
+    @inline
+    def store_p(p_rmem, p_smem, at):
+        """P to shared memory in the swizzled layout; each warp its own 16 rows."""
+        for k in range(K_STEPS):
+            ptx.stmatrix_x4(matrix_row(p_smem, k, at), p_rmem[4 * k], p_rmem[4 * k + 1], p_rmem[4 * k + 2], p_rmem[4 * k + 3])
+        # Before the barrier after which the other warpgroup's wgmma reads it.
+        ptx.fence_proxy_async_shared()
+
+    @inline
+    def qk_tile(s_rmem, base, k_smem, full, tile, parity, accumulate):
+        """S += Q K^T over the 64 dims of a tile of shared memory."""
+        # Producer's TMA of this tile; `parity` of the buffer's use.
+        ptx.mbarrier_wait_parity(full + u32(tile * 8), parity)
+        q_desc = K_MAJOR | u64((base + u32(Q_SMEM)) >> u32(4))
+        k_desc = K_MAJOR | u64(k_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(K_STEPS):
+            offset = u64(tile * NEXT_TILE + k * NEXT_COLUMNS)
+            wgmma_qk(s_rmem, q_desc + offset, k_desc + offset, u32(1) if k > 0 else u32(accumulate))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def qk_last_tile(s_rmem, q8_rmem, k_smem, full, parity):
+        """S += Q K^T over the last 64 dims, with Q from registers."""
+        # Producer's TMA of this tile; `parity` of the buffer's use.
+        ptx.mbarrier_wait_parity(full + u32((NUM_TILES - 1) * 8), parity)
+        k_desc = K_MAJOR | u64(k_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(K_STEPS):
+            wgmma_qk_rmem(s_rmem, q8_rmem, 4 * k, k_desc + u64((NUM_TILES - 1) * NEXT_TILE + k * NEXT_COLUMNS), u32(1))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def qk_even(regs, base, parity):
+        """S of the first block of a piece."""
+        k0_smem, full = base + u32(K0_SMEM), base + u32(FULL_SMEM)
+        s_fence(regs.s_rmem)
+        for tile in range(NUM_TILES - 1):
+            qk_tile(regs.s_rmem, base, k0_smem, full, tile, parity, tile > 0)
+        qk_last_tile(regs.s_rmem, regs.q8_rmem, k0_smem, full, parity)
+        wait_all()
+        s_fence(regs.s_rmem)
+
+    @inline
+    def qk_odd(regs, base, parity):
+        """S of an odd block, its tiles in the order in which they come."""
+        k1_smem, full = base + u32(K1_SMEM), base + u32(FULL_SMEM + NUM_TILES * 8)
+        s_fence(regs.s_rmem)
+        for tile in range(LEFT_TILES, NUM_TILES - 1):
+            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, tile > LEFT_TILES)
+        qk_last_tile(regs.s_rmem, regs.q8_rmem, k1_smem, full, parity)
+        for tile in range(LEFT_TILES):
+            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, True)
+        wait_all()
+        s_fence(regs.s_rmem)
+
+    @inline
+    def pv_rmem(o_rmem, p_rmem, v_smem):
+        """O += P V, P from registers."""
+        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(K_STEPS):
+            wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS), u32(1))
+        ptx.wgmma_commit_group()
+
+    @inline
+    def pv_smem(o_rmem, p_smem, v_smem):
+        """O += P V, P from shared memory: the other warpgroup's."""
+        p_desc = K_MAJOR | u64(p_smem >> u32(4))
+        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        ptx.wgmma_fence()
+        for k in range(K_STEPS):
+            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))
+        ptx.wgmma_commit_group()
+
+    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_tile=qk_tile, qk_last_tile=qk_last_tile, qk_even=qk_even, qk_odd=qk_odd,
+                           pv_rmem=pv_rmem, pv_smem=pv_smem)

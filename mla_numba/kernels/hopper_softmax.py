@@ -1,0 +1,119 @@
+"""The consumers' softmax over a block of scores in registers: mask, running maximum, exponentials, P as wgmma reads it.
+
+A thread has two rows of S, a and b, 8 apart, and in each the columns 8 i + 2 (thread % 4) and the next: s_rmem[4 i], [4 i + 1] of row
+a, [4 i + 2], [4 i + 3] of row b.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+from numba import cuda
+
+from .. import ptx
+from .hopper_config import (
+    BLOCK_N,
+    MAX_LAG,
+    MINUS_INFINITY,
+    PIECE_Q_LEN,
+    PIECE_ROW_BEGIN,
+    PIECE_SEQ_LEN,
+    TILE_BYTES,
+    HopperConfig,
+    inline,
+)
+
+i32, u32, f32 = np.int32, np.uint32, np.float32
+
+
+def make_softmax(config: HopperConfig) -> SimpleNamespace:
+    """The functions below, by name."""
+    to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
+
+    @inline
+    def row_max(s_rmem, half):
+        """Maximum of this thread's row `half` of S, over the 4 threads that share it."""
+        value = max(s_rmem[2 * half], s_rmem[2 * half + 1])
+        for i in range(1, 8):
+            value = max(value, max(s_rmem[4 * i + 2 * half], s_rmem[4 * i + 2 * half + 1]))
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 1))
+        return max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 2))
+
+    @inline
+    def exp_row(s_rmem, half, scale_log2e, row_maximum):
+        """S = 2^(S scale - max) of a row; returns this thread's part of its sum."""
+        total = f32(0)
+        for i in range(8):
+            a = ptx.ex2(s_rmem[4 * i + 2 * half] * scale_log2e - row_maximum)
+            b = ptx.ex2(s_rmem[4 * i + 2 * half + 1] * scale_log2e - row_maximum)
+            s_rmem[4 * i + 2 * half] = a
+            s_rmem[4 * i + 2 * half + 1] = b
+            total += a + b
+        return total
+
+    @inline
+    def lagging_max(old, new):
+        return old if new <= old + MAX_LAG else new
+
+    @inline
+    def rescale(o_rmem, factor_a, factor_b):
+        """O *= factor, by row; most often no row of the warp needs it."""
+        if cuda.any_sync(0xFFFFFFFF, factor_a != f32(1) or factor_b != f32(1)):
+            for i in range(32):
+                o_rmem[4 * i] *= factor_a
+                o_rmem[4 * i + 1] *= factor_a
+                o_rmem[4 * i + 2] *= factor_b
+                o_rmem[4 * i + 3] *= factor_b
+
+    @inline
+    def pack(p_rmem, s_rmem, factor_a, factor_b):
+        """P as wgmma's A, 16-bit, from S's registers: the layouts of D and A agree."""
+        for i in range(8):
+            p_rmem[2 * i] = to_pair(s_rmem[4 * i + 1] * factor_a, s_rmem[4 * i] * factor_a)
+            p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3] * factor_b, s_rmem[4 * i + 2] * factor_b)
+
+    @inline
+    def visible_to(row, seq_len, q_len, problem):
+        """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
+        if problem.causal == 0 or row >= q_len * problem.heads_per_kv:
+            return seq_len
+        return seq_len - (q_len - i32(1) - row // problem.heads_per_kv)
+
+    @inline
+    def mask(s_rmem, first_token, visible_a, visible_b, thread):
+        """Scores of tokens that a row does not see become -inf."""
+        token = first_token + i32((thread & u32(3)) * u32(2))
+        for i in range(8):
+            for c in range(2):
+                if token + i * 8 + c >= visible_a:
+                    s_rmem[4 * i + c] = MINUS_INFINITY
+                if token + i * 8 + c >= visible_b:
+                    s_rmem[4 * i + 2 + c] = MINUS_INFINITY
+
+    @inline
+    def zero_tail(k_smem, num_tokens, thread, barrier_idx):
+        """Zero the rows of V past the request's end, where the cache may hold NaN, which even P = 0 would let through."""
+        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.
+        ptx.bar_sync(u32(barrier_idx), u32(128))
+        chunk = thread & u32(63)
+        for row in range(num_tokens + i32(thread >> u32(6)), BLOCK_N, 2):
+            address = k_smem + (chunk >> u32(3)) * u32(TILE_BYTES) + u32(row) * u32(128) + ((chunk & u32(7)) << u32(4))
+            ptx.st_shared_v4_b32(address, u32(0), u32(0), u32(0), u32(0))
+        ptx.fence_proxy_async_shared()
+        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.
+        ptx.bar_sync(u32(barrier_idx), u32(128))
+
+    @inline
+    def hide_unseen(s_rmem, k_smem, first_token, all_see, words, at, problem, barrier_idx):
+        """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
+        if first_token + BLOCK_N > all_see:
+            # Of the few blocks at a request's end; what is read again here need not be kept in registers.
+            seq_len, q_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)), ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
+            tile_row = (at.thread >> u32(5)) * u32(16) + ((at.thread & u32(31)) >> u32(2))
+            row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
+            visible_a, visible_b = visible_to(row, seq_len, q_len, problem), visible_to(row + i32(8), seq_len, q_len, problem)
+            mask(s_rmem, first_token, visible_a, visible_b, at.thread)
+            if first_token + BLOCK_N > seq_len:
+                zero_tail(k_smem, seq_len - first_token, at.thread, barrier_idx)
+
+    return SimpleNamespace(row_max=row_max, exp_row=exp_row, lagging_max=lagging_max, rescale=rescale, pack=pack, visible_to=visible_to,
+                           hide_unseen=hide_unseen)
