@@ -1,0 +1,70 @@
+"""Who has seen what: vector clocks. An access is ordered after another one if its thread's clock covers the other one's epoch.
+
+A clock is a row of numbers, one per *agent* of a thread block: its threads, the tensor core on behalf of each warp (counting groups
+of wgmma that the warp has waited for), TMA behind each mbarrier (counting its phases), and the copies out of shared memory of each
+warp. A last number counts the grids that are known to have ended. Every thread has two clocks: `clock`, what it knows to have
+happened, and `fenced`, the part of it that a proxy fence has made known to the async proxy; both are handed on by every barrier.
+Clocks of other thread blocks come with atomics alone, and are kept apart in `foreign`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+class Stamp:
+    """What a synchronisation hands on: the clocks of all that released, joined."""
+
+    __slots__ = ("clock", "fenced", "foreign")
+
+    def __init__(self, num_agents: int):
+        self.clock = np.zeros(num_agents, np.int32)
+        self.fenced = np.zeros(num_agents, np.int32)
+        self.foreign: dict[int, np.ndarray] | None = None
+
+    def take(self, thread: Any) -> None:
+        """`thread` releases what it did; what it does next belongs to a new epoch."""
+        np.maximum(self.clock, thread.clock, out=self.clock)
+        np.maximum(self.fenced, thread.fenced, out=self.fenced)
+        if thread.foreign:
+            self.foreign = joined(self.foreign, thread.foreign)
+        thread.clock[thread.index] += 1
+
+    def give(self, thread: Any) -> None:
+        """`thread` acquires it."""
+        np.maximum(thread.clock, self.clock, out=thread.clock)
+        np.maximum(thread.fenced, self.fenced, out=thread.fenced)
+        if self.foreign:
+            thread.foreign = joined(thread.foreign, self.foreign)
+
+
+class GlobalStamp:
+    """The same for a word of global memory, which threads of all blocks release to and acquire from."""
+
+    __slots__ = ("blocks",)
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+
+    def take(self, thread: Any) -> None:
+        self.blocks = joined(self.blocks, {thread.block.uid: thread.clock})
+        if thread.foreign:
+            self.blocks = joined(self.blocks, thread.foreign)
+        thread.clock[thread.index] += 1
+
+    def give(self, thread: Any) -> None:
+        own = self.blocks.get(thread.block.uid)
+        if own is not None:
+            np.maximum(thread.clock, own, out=thread.clock)
+        others = {uid: clock for uid, clock in self.blocks.items() if uid != thread.block.uid}
+        if others:
+            thread.foreign = joined(thread.foreign, others)
+            for clock in others.values():
+                thread.clock[-1] = max(thread.clock[-1], clock[-1])
+
+
+def joined(a: dict[int, np.ndarray] | None, b: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    result = dict(a or {})
+    for uid, clock in b.items():
+        result[uid] = np.maximum(result[uid], clock) if uid in result else clock.copy()
+    return result

@@ -1,0 +1,163 @@
+"""A GPU for `mla_numba.host.hopper`: host arrays under addresses of its own, kernels run by the machine. And a decode on it."""
+
+import ctypes
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from mla_numba import validate
+from mla_numba.arrays import ArrayView, view
+from mla_numba.config import DecodeShape, ScheduleConfig
+from mla_numba.contract import EMPTY_LSE
+from mla_numba.host import hopper
+from mla_numba.host.launch import KernelSpec, Strided
+from mla_numba.host.schedule import Schedule, make_host_schedule
+
+from .findings import Finding
+from .instructions import Instructions
+from .language import Edits, Language
+from .machine import Machine
+from .tma import MAP_BYTES, TensorMap
+
+# Static shared memory that the linker would reserve: what the kernels' arrays may take.
+STATIC_SMEM = 48 * 1024
+_TABLES = ("jobs", "workers", "starts", "merges", "totals")
+
+
+class EmulatedGpu:
+    """`mla_numba.host.hopper.Device`. Launches are queued; `run` executes them.
+
+    Parameters
+    ----------
+    seed, timing
+        As `Machine`'s.
+    num_sms : int
+        What the host is told.
+    edits : mapping, optional
+        As `Language`'s.
+    """
+
+    def __init__(self, seed: int = 0, *, num_sms: int = 2, timing: Any = None, edits: Edits | None = None):
+        self.machine = Machine(seed, timing=timing)
+        self.num_sms = num_sms
+        self.maps: dict[int, TensorMap] = {}
+        self.ptx = Instructions(self.machine, self.maps)
+        self.language = Language(self.machine, self.ptx, edits)
+        self._workspaces: dict[str, np.ndarray] = {}
+        self._addresses: dict[str, int] = {}
+        self._copies: list[tuple[Strided, Strided]] = []
+
+    def place(self, array: ArrayView, writable: bool = False) -> ArrayView:
+        """The array as the GPU sees it: the same bytes, at an address that is aligned as they are."""
+        low = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride < 0)
+        high = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride > 0)
+        num_bytes = high - low + array.itemsize if array.size else 0
+        data = np.zeros(0, np.uint8)
+        if num_bytes:
+            data = np.frombuffer((ctypes.c_char * num_bytes).from_address(array.pointer + low), np.uint8)
+        address = self.machine.memory.add(array.name, data, writable=writable, offset=(array.pointer + low) % 16)
+        return replace(array, pointer=address - low, device=0)
+
+    def place_schedule(self, schedule: Schedule) -> Schedule:
+        """The tables of a schedule made on the host, as if in device memory."""
+        placed = {}
+        for name in _TABLES:
+            data = np.ascontiguousarray(getattr(schedule, name)).reshape(-1).view(np.uint8)
+            address = self.machine.memory.add(name, data)
+            placed[name] = SimpleNamespace(__cuda_array_interface__={"data": (address, False)})
+        return replace(schedule, **placed)
+
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
+        if dtype not in ("bfloat16", "float16"):
+            raise Finding("misaligned", f"tensor map of {dtype}: only 16-bit elements are modelled")
+        at = self.machine.memory.add("tensor map", np.zeros(MAP_BYTES, np.uint8))
+        self.maps[at] = TensorMap(address, sizes, strides, box)
+        return at
+
+    def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
+        if purpose not in self._workspaces:
+            # What is not said to be zero is what former calls left there.
+            fill = 0 if purpose == "counters" else 0xFF
+            self._workspaces[purpose] = np.full(4 * num_floats, fill, np.uint8)
+            self._addresses[purpose] = self.machine.memory.add(purpose, self._workspaces[purpose], writable=True,
+                                                               written=purpose != "partials")
+        return self._addresses[purpose]
+
+    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
+        module = self.language.load(f"kernels.{spec.module}")
+        kernel = getattr(module, spec.make)(*spec.configuration)
+        typed = [self.language.argument(kind, value) for kind, value in zip(spec.types().args, arguments, strict=True)]
+        static = min(STATIC_SMEM, 227 * 1024 - spec.smem_bytes)
+        self.machine.launch(kernel, spec.module, grid, spec.num_threads, spec.smem_bytes, static, typed)
+
+    def copy(self, destination: Strided, source: Strided, stream: int) -> None:
+        if self.machine.grids:
+            self._copies.append((destination, source))
+        else:
+            self._copy(destination, source)
+
+    def run(self) -> None:
+        """Execute what was launched.
+
+        Raises
+        ------
+        Finding
+        """
+        self.machine.run()
+        for destination, source in self._copies:
+            self._copy(destination, source)
+        if "counters" in self._workspaces and self._workspaces["counters"].any():
+            raise Finding("grid", "counters that the next launch needs at 0 were left at other values")
+
+    def _copy(self, destination: Strided, source: Strided) -> None:
+        self._array(destination)[...] = self._array(source)
+
+    def _array(self, memory: Strided) -> np.ndarray:
+        extent = sum((n - 1) * stride for n, stride in zip(memory.shape, memory.strides, strict=True)) + 2
+        buffer, offset = self.machine.memory.find(memory.address, extent)
+        return np.ndarray(memory.shape, np.uint16, buffer.data.data, offset, memory.strides)
+
+
+def decode(q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, head_dim_v: int, softmax_scale: float | None,
+           causal: bool, *, cu_seqlens_q: np.ndarray | None = None, plan: Schedule | None = None, out: np.ndarray | None = None,
+           lse: np.ndarray | None = None, batch_invariant: bool = False, empty_lse: str = "+inf",
+           device: EmulatedGpu | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`mla_decode(..., backend="hopper")` of NumPy arrays on an emulated GPU.
+
+    Raises
+    ------
+    Finding
+        A kernel broke a rule of the machine.
+    NotImplementedError
+        The backend refuses the call.
+    """
+    device = EmulatedGpu() if device is None else device
+    inputs = [view(array, name) for array, name in ((q, "q"), (kv_cache, "kv_cache"), (block_table, "block_table"), (seq_lens, "seq_lens"))]
+    offsets = None if cu_seqlens_q is None else view(cu_seqlens_q, "cu_seqlens_q")
+    shape = validate.decode_shape(*inputs, offsets, head_dim_v, causal, batch_invariant)
+    placed = [device.place(array) for array in inputs[:3]]
+    reasons = hopper.unsupported(shape) + hopper.unsupported_layout(placed[1])
+    if reasons:
+        raise NotImplementedError("; ".join(reasons))
+    schedule = make_schedule(shape, seq_lens, cu_seqlens_q, device.num_sms) if plan is None else plan
+    out = np.full((*q.shape[:-1], head_dim_v), np.nan, q.dtype) if out is None else out
+    lse = np.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), np.nan, np.float32) if lse is None else lse
+    results = [device.place(view(array, name), writable=True) for array, name in ((out, "out"), (lse, "lse"))]
+    if shape.total_q == 0:
+        return out, lse
+    if shape.ragged:
+        placed[0] = placed[0].with_leading_axis()
+        results = [result.with_leading_axis() for result in results]
+    scale = validate.softmax_scale_or_default(softmax_scale, shape.head_dim_qk)
+    hopper.decode(shape, device.place_schedule(schedule), *placed, *results, scale, EMPTY_LSE[empty_lse], 0, device)
+    device.run()
+    return out, lse
+
+
+def make_schedule(shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None, num_sms: int, **changes: int) -> Schedule:
+    """The tables that the device's scheduler would fill, made on the host; `changes` to its configuration."""
+    config: ScheduleConfig = replace(hopper.schedule_config(shape, num_sms), **changes)
+    return make_host_schedule(config, shape, seq_lens, cu_seqlens_q)
+

@@ -1,0 +1,155 @@
+"""The test of the emulator: bugs of synchronisation and layout, each a change of the Hopper kernels' source, each to be caught."""
+
+from dataclasses import dataclass
+
+from verify.cases import MLACase
+
+from .findings import Finding
+from .pairs import PairFailure, Schedule, check
+
+_DECODE, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
+    f"kernels.hopper_{part}" for part in ("decode", "load", "products", "softmax", "store", "merge", "config"))
+
+# One piece of five blocks with a tail; pieces of one worker; a job in two pieces; one in more, which the merge kernel joins.
+ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
+PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
+SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
+MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
+SEEDS = 6
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands once in the module, and becomes `new`. It must show in one of `cases`."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    cases: tuple[tuple[MLACase, int], ...] = (ONE, PAIR)
+    also: tuple[tuple[str, str], ...] = ()
+
+    def run(self) -> tuple[str, str, int]:
+        """(kind, message, pairs run) of the first failure; kind is "" if there was none."""
+        edits = {self.module: [(self.old, self.new), *self.also]}
+        runs = 0
+        for seed in range(SEEDS):
+            for case, num_sms in self.cases:
+                runs += 1
+                try:
+                    check(case, Schedule(seed, num_sms), edits)
+                except PairFailure as failure:
+                    return failure.kind, str(failure), runs
+                except Finding as finding:
+                    return finding.kind, str(finding), runs
+        return "", "", runs
+
+
+def _without(line: str) -> tuple[str, str]:
+    """An edit that takes a statement away."""
+    return line, line[:len(line) - len(line.lstrip())] + "pass"
+
+
+_RELEASE_V0 = "        release(base + u32(EMPTY_SMEM + 0), lane)\n"
+_PV_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
+_RELEASE_V1 = "            release(base + u32(EMPTY_SMEM + 16), lane)\n"
+_P0_STORED = "        store_p(p_rmem, base + u32(P0_SMEM), at)\n"
+_P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.\n"
+               "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
+_P1_STORED = "            store_p(p_rmem, base + u32(P1_SMEM), at)\n"
+_P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.\n"
+               "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
+_LAST_QK = "            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, True)\n"
+_MAX0_ARRIVES = ("        pack(p_rmem, s_rmem, f32(1), f32(1))\n"
+                 "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
+                 "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
+_MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
+_ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
+              "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
+_CLAIM = "            before = ptx.atom_add_acq_rel(counter, u32(1))\n"
+_MERGE_WAIT = ("            # The decode has ended, and its partial results are visible; the tables above are older.\n"
+               "            ptx.griddepcontrol_wait()\n")
+_STATES = "what decides it is the same for all.)\n"
+_MERGE_END = "lets the next one start before the decode has ended.\n"
+_MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
+                "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
+
+MUTANTS = (
+    # Fences between the proxies, and of wgmma's registers.
+    Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
+    Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()")),
+    Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
+    Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = MN_MAJOR | u64(v_smem >> u32(4))\n        ptx.wgmma_fence()\n"
+           "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = MN_MAJOR | u64(v_smem >> u32(4))\n"
+           "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
+    Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
+    Mutant("O used without a registers fence", _DECODE, "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n",
+           "        wait_all()\n        p_fence(p_rmem)\n"),
+    Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))\n"
+           "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))\n"),
+    # Buffers given back too early.
+    Mutant("V0 freed before its product is done", _DECODE, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE),
+    Mutant("one group too few awaited", _DECODE, "            wait_all_but_4()\n", "            wait_all_but_5()\n",
+           also=(("wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))",
+                  "wait_all, wait_all_but_1, wait_all_but_5 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 5))"),)),
+    Mutant("V1 freed before its product is awaited", _DECODE, "            wait_all_but_4()\n            o_fence(o_rmem)\n" + _RELEASE_V1,
+           _RELEASE_V1 + "            wait_all_but_4()\n            o_fence(o_rmem)\n"),
+    Mutant("producer does not wait for readers", _LOAD, *_without(
+        "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (use & u32(1)) ^ u32(1))")),
+    Mutant("Q loaded over the piece before", _LOAD, "        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))\n"
+           "        if lane == 0:\n            if num_blocks", "        if lane == 0:\n            if num_blocks", cases=(SEVERAL,)),
+    Mutant("tiles of the odd block one step early", _LOAD, "load_tiles(base, 1, 0, 0, LEFT_TILES, use1, ",
+           "load_tiles(base, 1, 0, 0, LEFT_TILES, use1 + u32(1), "),
+    # Barriers: order, counts, phases, numbers.
+    Mutant("P0 announced before it is stored", _DECODE, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED),
+    Mutant("P1 announced before it is stored", _DECODE, _P1_ARRIVES, "", also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
+    Mutant("maximum not awaited by warpgroup 0", _DECODE, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))")),
+    Mutant("maximum announced before it is stored", _DECODE, _MAX0_STORED, "            pass\n",
+           also=((_MAX0_ARRIVES, _MAX0_ARRIVES + "        if at.thread & u32(3) == 0:\n" + _MAX0_STORED),)),
+    Mutant("maximum read and written without syncwarp", _DECODE, _MAX0_SCALES + "        cuda.syncwarp()\n", _MAX0_SCALES),
+    Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
+           "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
+    Mutant("maximum begun anew before it is read", _DECODE, "        # Both warpgroups arrive and wait: the maximum has been read.\n"
+           "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
+    Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
+           "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
+    Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
+    Mutant("block goes on before the mbarriers are there", _DECODE, *_without("        cuda.syncthreads()")),
+    Mutant("buffer freed by three warps", _DECODE, "u32(NUM_WARPS // 2))", "u32(NUM_WARPS // 2 - 1))"),
+    Mutant("buffer freed by five warps", _DECODE, "u32(NUM_WARPS // 2))", "u32(NUM_WARPS // 2 + 1))"),
+    Mutant("Q freed by seven warps", _DECODE, "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))",
+           "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS - 1))", cases=(SEVERAL,)),
+    Mutant("half of a tile's bytes expected", _LOAD, "expect_tx(full, u32(TILE_BYTES))", "expect_tx(full, u32(TILE_BYTES // 2))"),
+    Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        words", "        parity = u32(1)\n        words"),
+    Mutant("phase not flipped", _DECODE, "            even_step(regs, at, words, problem, token, all_see, parity, True, True)\n"
+           "            parity ^= u32(1)\n", "            even_step(regs, at, words, problem, token, all_see, parity, True, True)\n"),
+    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
+    Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
+           "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
+    # Layouts.
+    Mutant("swizzle of four rows", _PRODUCTS, "(chunk ^ (row & u32(7)))", "(chunk ^ (row & u32(3)))"),
+    Mutant("next rows of V by half", _PRODUCTS, "16 * 128 >> 4", "8 * 128 >> 4"),
+    Mutant("V's columns a tile apart by half", _PRODUCTS, "u64(ptx.DESCRIPTOR_MN_MAJOR)", "u64(ptx.DESCRIPTOR_MN_MAJOR - (256 << 16))"),
+    Mutant("mask one token late", _SOFTMAX, ">= visible_a", "> visible_a"),
+    Mutant("P1 over Q's tile 7", _DECODE, "store_p(p_rmem, base + u32(P1_SMEM)", "store_p(p_rmem, base + u32(P1_SMEM - TILE_BYTES)",
+           also=(("o_rmem, base + u32(P1_SMEM), k1_smem", "o_rmem, base + u32(P1_SMEM - TILE_BYTES), k1_smem"),)),
+    Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
+    Mutant("rows of a page off by one", _LOAD, "i32(row), i32(kv_head)", "i32(row + 1), i32(kv_head)"),
+    Mutant("K0 a tile further on", _CONFIG, "K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES", "K0_SMEM = Q_SMEM + (NUM_TILES + 1) * TILE_BYTES"),
+    # Registers and warps.
+    Mutant("more registers than there are", _CONFIG, "CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40",
+           "CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 40"),
+    Mutant("collective in one lane", _STORE, _CLAIM + "        return u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))",
+           _CLAIM + "            before = u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))\n        return before", cases=(PAIR,)),
+    # Between thread blocks and grids.
+    Mutant("pair announced before it is stored", _STORE, "                    announce(counter, lane)\n", "", cases=(PAIR,),
+           also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
+    Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
+    Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
+    Mutant("merge begins while the decode runs", _MERGE, _MERGE_WAIT, "", cases=(MANY,)),
+    Mutant("merge ends without having waited", _MERGE, _MERGE_END + "        ptx.griddepcontrol_wait()\n", _MERGE_END, cases=(PAIR,)),
+    Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, cases=(MANY,),
+           also=(("FEW_PARTS = 16", "FEW_PARTS = 2"),)),
+    Mutant("merge overwrites states being read", _MERGE, "                    # All warps: the states have been read.\n"
+           "                    cuda.syncthreads()\n", "", cases=(MANY,), also=(("FEW_PARTS = 16", "FEW_PARTS = 2"),)),
+)
