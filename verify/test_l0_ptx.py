@@ -1,4 +1,4 @@
-"""Each intrinsic emits the instruction that it is named after, and says where the PTX ISA describes it. Levels: l0."""
+"""Each intrinsic emits the instruction that it is named after, assembles, and says where the PTX ISA describes it. Levels: l0."""
 
 import re
 from types import SimpleNamespace
@@ -15,10 +15,15 @@ import numpy as np  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
 from mla_numba import ptx  # noqa: E402
+from mla_numba.host.cubin import compile_kernel  # noqa: E402
 
-INSTRUCTIONS = {name: getattr(ptx, name) for name in dir(ptx) if hasattr(getattr(ptx, name), "ptx")}
+INSTRUCTIONS = {name: getattr(ptx, name) for name in ptx.__all__ if hasattr(getattr(ptx, name), "ptx")}
 MADE = {"wgmma_wait_group": ptx.make_wgmma_wait_group(3), "setmaxnreg_inc": ptx.make_setmaxnreg("inc", 232),
-        "setmaxnreg_dec": ptx.make_setmaxnreg("dec", 40)}
+        "setmaxnreg_dec": ptx.make_setmaxnreg("dec", 40), "cp_async_wait_group": ptx.make_cp_async_wait_group(2),
+        "cp_async_bulk_wait_group": ptx.make_cp_async_bulk_wait_group(1),
+        "cp_async_bulk_wait_group_read": ptx.make_cp_async_bulk_wait_group(1, read=True),
+        **{f"createpolicy_{priority}": ptx.make_createpolicy(priority, 0.5) for priority in ("evict_first", "evict_last", "evict_normal")}}
+ALL = {**INSTRUCTIONS, **MADE}
 
 
 def _ptx_of(kernel, *arguments, num_threads=128):
@@ -29,26 +34,39 @@ def _ptx_of(kernel, *arguments, num_threads=128):
     return text
 
 
-@pytest.mark.parametrize("name", [*INSTRUCTIONS, *MADE])
-def test_instruction_is_in_the_ptx(name):
-    made = {**INSTRUCTIONS, **MADE}[name]
-    names = list(made.operands)
-    call = f"instruction({', '.join(names)})"
-    returns = "<result>" in made.ptx
+def _calling(instruction):
+    """A kernel that executes the instruction on its arguments, and their types."""
+    names = list(instruction.operands)
     # The result is stored, or the compiler would drop what has no other effect.
-    source = f"def kernel({', '.join(['out', *names])}):\n    {'out[0] = ' if returns else ''}{call}\n"
-    namespace = {"instruction": made}
-    exec(source, namespace)
-    result = types.CPointer(types.float32 if "f32" in made.ptx and returns else types.uint32)
-    text = _ptx_of(namespace["kernel"], result, *made.operands.values())
-    opcode = next(line.split()[0] for line in made.ptx.replace("{", "").splitlines() if re.match(r"[a-z]+[\d]*\.", line.strip()))
-    assert opcode.rstrip(";") in text
+    assignment = "" if instruction.result is None else "out[0] = "
+    namespace = {"instruction": instruction}
+    exec(f"def kernel({', '.join(['out', *names])}):\n    {assignment}instruction({', '.join(names)})\n", namespace)
+    return namespace["kernel"], (types.CPointer(instruction.result or types.uint32), *instruction.operands.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(ptx.__all__) - {"EVICT_FIRST", "EVICT_LAST", "DESCRIPTOR_K_MAJOR", "DESCRIPTOR_MN_MAJOR"}))
+def _with_registers(text):
+    """Regular expression for the instruction's text with any registers as operands and any number in labels."""
+    parts = re.split(r"(<\w+>)", re.sub(r"\s+", " ", text))
+    return "".join(r"\d+" if part == "<uid>" else r"%\w+" if part.startswith("<") else re.escape(part) for part in parts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_instruction_is_in_the_ptx(name):
+    kernel, arguments = _calling(ALL[name])
+    assert re.search(_with_registers(ALL[name].ptx), re.sub(r"\s+", " ", _ptx_of(kernel, *arguments)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_instruction_assembles(name):
+    kernel, arguments = _calling(ALL[name])
+    cubin, _ = compile_kernel(SimpleNamespace(kernel=lambda: kernel, types=lambda: types.void(*arguments), num_threads=128, fastmath=False))
+    assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("name", [name for name in ptx.__all__ if not name.isupper()])
 def test_docstring_says_where_it_is_described(name):
     item = getattr(ptx, name)
-    assert re.search(r"PTX ISA \d|No instruction|The intrinsic", item.__doc__)
+    assert re.search(r"PTX ISA\s+\d|No instruction|The intrinsic", item.__doc__)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -8,6 +8,11 @@ def ex2(x: f32) -> f32:
     """`ex2.approx.ftz`: 2^x within 2 units in the last place, 0 for -inf. PTX ISA 9.7.3.21."""
 
 
+@instruction("lg2.approx.ftz.f32 <result>, <x>;", pure=True)
+def lg2_approx(x: f32) -> f32:
+    """`lg2.approx.ftz`: log2 x within 2^-22, absolute below 1 and relative above; -inf for 0. PTX ISA 9.7.3.20."""
+
+
 @instruction("mul.rn.f32 <result>, <a>, <b>;", pure=True)
 def mul_rn(a: f32, b: f32) -> f32:
     """`mul.rn`: a product that fastmath leaves alone. PTX ISA 9.7.3.5."""

@@ -17,13 +17,14 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-i32, u32, u64, f32 = types.int32, types.uint32, types.uint64, types.float32
+i32, u16, u32, u64, f32 = types.int32, types.uint16, types.uint32, types.uint64, types.float32
 
 # PTX register classes, by the letter that names them in an asm constraint.
-_CLASS = {i32: "r", u32: "r", u64: "l", f32: "f"}
+_CLASS = {u16: "h", i32: "r", u32: "r", u64: "l", f32: "f"}
 
 
-def emit(builder: ir.IRBuilder, text: str, constraints: Sequence[str], result: ir.Type, args: Sequence[ir.Value], pure: bool = False) -> Any:
+def emit(builder: ir.IRBuilder, text: str, constraints: Sequence[str], result: ir.Type, args: Sequence[ir.Value],
+         pure: bool = False) -> Any:
     """One `asm`; unless `pure`, volatile and clobbering memory."""
     clobbers = [] if pure else ["~{memory}"]
     function = ir.FunctionType(result, [arg.type for arg in args])
@@ -47,6 +48,20 @@ def element_pointers(context: Any, builder: ir.IRBuilder, array_type: Any, array
     """Pointers to the first `count` elements of a `cuda.local.array`: registers, once LLVM has promoted it."""
     data = array_data(context, builder, array_type, array)
     return [builder.gep(data, [ir.Constant(ir.IntType(32), i)]) for i in range(count)]
+
+
+def vector_load(text: str, letter: str, element: ir.Type) -> Any:
+    """Code for `text`, a load of four 32-bit values, to four places of an array of registers."""
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
+        word = ir.IntType(32)
+        address_class = "r" if signature.args[2] == u32 else "l"
+        loaded = emit(builder, text, ["=" + letter] * 4 + [address_class], ir.LiteralStructType([element] * 4), [args[2]])
+        data = array_data(context, builder, signature.args[0], args[0])
+        for i in range(4):
+            builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(word, i))]))
+        return context.get_dummy_value()
+
+    return codegen
 
 
 def instruction(text: str, pure: bool = False) -> Callable[[Callable[..., Any]], Any]:
@@ -74,6 +89,7 @@ def instruction(text: str, pure: bool = False) -> Callable[[Callable[..., Any]],
         made = intrinsic(typing)
         made.ptx = text
         made.operands = {name: annotations[name] for name in parameters}
+        made.result = result_type
         return made
 
     return decorate

@@ -1,4 +1,4 @@
-"""Loads, stores and addresses, where Numba's arrays would cost 64-bit arithmetic, and the 8 x 8 matrix moves."""
+"""Loads, stores and addresses, where Numba's arrays would cost 64-bit arithmetic."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .instruction import array_data, element_pointers, emit, f32, i32, instruction, u32, u64
+from .instruction import array_data, element_pointers, emit, f32, i32, instruction, u32, u64, vector_load
 
 
 @intrinsic
@@ -15,7 +15,8 @@ def smem_address(typingctx: Any, array: Any) -> Any:
     """`cvta.to.shared`: the 32-bit shared-memory address of an array of shared memory. PTX ISA 9.7.9.20."""
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
         address = builder.ptrtoint(array_data(context, builder, signature.args[0], args[0]), ir.IntType(64))
-        return emit(builder, "{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", ["=r", "l"], ir.IntType(32), [address], pure=True)
+        text = "{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }"
+        return emit(builder, text, ["=r", "l"], ir.IntType(32), [address], pure=True)
 
     return u32(array), codegen
 
@@ -47,7 +48,7 @@ def st_shared_v4_b32(address: u32, a: u32, b: u32, c: u32, d: u32) -> None:
 
 @instruction("ld.global.nc.b32 <result>, [<address>];")
 def ld_global_i32(address: u64) -> i32:
-    """`ld.global.nc`: an integer that nobody writes while the kernel runs. PTX ISA 9.7.9.8."""
+    """`ld.global.nc`: an integer that nobody writes while the kernel runs. PTX ISA 9.7.9.9."""
 
 
 @instruction("ld.global.f32 <result>, [<address>];")
@@ -55,38 +56,16 @@ def ld_global_f32(address: u64) -> f32:
     """`ld.global`: a float. PTX ISA 9.7.9.8."""
 
 
-def _vector_load(text: str, letter: str, element: ir.Type) -> Any:
-    """Code for `text`, a load of four 32-bit values, to four places of an array of registers."""
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
-        word = ir.IntType(32)
-        address_class = "r" if signature.args[2] == u32 else "l"
-        loaded = emit(builder, text, ["=" + letter] * 4 + [address_class], ir.LiteralStructType([element] * 4), [args[2]])
-        data = array_data(context, builder, signature.args[0], args[0])
-        for i in range(4):
-            builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(word, i))]))
-        return context.get_dummy_value()
-
-    return codegen
-
-
 @intrinsic
 def ld_global_v4_f32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
     """`ld.global.v4`: four floats to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
-    return types.void(registers, i32, u64), _vector_load("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "f", ir.FloatType())
+    return types.void(registers, i32, u64), vector_load("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "f", ir.FloatType())
 
 
 @intrinsic
 def ld_shared_v4_b32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
     """`ld.shared.v4`: 16 bytes to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
-    return types.void(registers, i32, u32), _vector_load("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
-
-
-@intrinsic
-def ldmatrix_x4(typingctx: Any, registers: Any, first: Any, row_smem: Any) -> Any:
-    """`ldmatrix.x4`: by a whole warp; loads four 8 x 8 matrices of 16-bit elements to registers[first:first + 4], the reverse of
-    `stmatrix_x4`. PTX ISA 9.7.14.5.15."""
-    return types.void(registers, i32, u32), _vector_load("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "r",
-                                                         ir.IntType(32))
+    return types.void(registers, i32, u32), vector_load("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
 
 
 @instruction("st.global.v4.f32 [<address>], {<a>, <b>, <c>, <d>};")
@@ -107,28 +86,6 @@ def st_global_b32(address: u64, value: u32) -> None:
 @instruction("st.global.f32 [<address>], <value>;")
 def st_global_f32(address: u64, value: f32) -> None:
     """`st.global`: a float. PTX ISA 9.7.9.11."""
-
-
-@instruction("atom.add.acq_rel.gpu.global.u32 <result>, [<address>], <value>;")
-def atom_add_acq_rel(address: u64, value: u32) -> u32:
-    """`atom.add.acq_rel.gpu`: adds, and returns what was there; releases what this thread did before (and, after a warp's barrier, its
-    warp), acquires what others released here. PTX ISA 9.7.13.6."""
-
-
-@instruction("ld.acquire.gpu.global.u32 <result>, [<address>];")
-def ld_acquire(address: u64) -> u32:
-    """`ld.acquire.gpu`: what another thread block released. PTX ISA 9.7.9.8."""
-
-
-@instruction("st.relaxed.gpu.global.u32 [<address>], <value>;")
-def st_relaxed(address: u64, value: u32) -> None:
-    """`st.relaxed.gpu`: a word that other thread blocks watch. PTX ISA 9.7.9.11."""
-
-
-@instruction("stmatrix.sync.aligned.m8n8.x4.shared.b16 [<row_smem>], {<a>, <b>, <c>, <d>};")
-def stmatrix_x4(row_smem: u32, a: u32, b: u32, c: u32, d: u32) -> None:
-    """`stmatrix.x4`: by a whole warp; stores four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix
-    l / 8, and holds row l / 4, columns 2 (l % 4) and the next, of each. PTX ISA 9.7.14.5.16."""
 
 
 @instruction("mov.b32 <result>, <value>;")
