@@ -1,6 +1,9 @@
-"""Each intrinsic emits the instruction that it is named after, assembles, and says where the PTX ISA describes it. Levels: l0."""
+"""Each intrinsic emits the instruction that it is named after, assembles, and says where the PTX ISA describes it; each has an effect.
+Levels: l0. What the effects are shows on a GPU: verify/test_l1_ptx.py.
+"""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,8 @@ from numba.cuda import types  # noqa: E402
 
 from mla_numba import ptx  # noqa: E402
 from mla_numba.host.cubin import compile_kernel  # noqa: E402
+from verify import ptx_kernels  # noqa: E402
+from verify.ptx_effects import EFFECTS  # noqa: E402
 
 INSTRUCTIONS = {name: getattr(ptx, name) for name in ptx.__all__ if hasattr(getattr(ptx, name), "ptx")}
 MADE = {"wgmma_wait_group": ptx.make_wgmma_wait_group(3), "setmaxnreg_inc": ptx.make_setmaxnreg("inc", 232),
@@ -67,6 +72,30 @@ def test_instruction_assembles(name):
 def test_docstring_says_where_it_is_described(name):
     item = getattr(ptx, name)
     assert re.search(r"PTX ISA\s+\d|No instruction|The intrinsic", item.__doc__)
+
+
+def test_everything_has_an_effect():
+    used = set(re.findall(r"\bptx\.(\w+)", Path(ptx_kernels.__file__).read_text()))
+    named = {part for effect in EFFECTS.values() for part in effect.configuration}
+    assert set(ptx.__all__) - used - named == set()
+
+
+@pytest.mark.parametrize("effect", EFFECTS.values(), ids=EFFECTS)
+class TestEffects:
+    def test_compiles(self, effect):
+        """To registers: an accumulator in memory would be stored before its wgmma has ended."""
+        _, report = compile_kernel(effect)
+        assert "0 bytes stack frame, 0 bytes spill stores" in report
+
+    def test_arguments(self, effect):
+        code, inputs = effect.kernel().__code__, effect.inputs(np.random.default_rng(0))
+        assert list(code.co_varnames[:code.co_argcount]) == ["tensor_map" if name in effect.tensor_maps else name for name in inputs]
+
+    def test_is_more_than_nothing(self, effect):
+        inputs = effect.inputs(np.random.default_rng(0))
+        effect.check(inputs, {**inputs, **effect.expected(inputs)})
+        with pytest.raises(AssertionError):
+            effect.check(inputs, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -189,3 +189,13 @@ def rel_err(out, ref):
     out, ref = np.asarray(out).astype(np.float64), np.asarray(ref).astype(np.float64)
     difference, size = np.linalg.norm(out - ref), np.linalg.norm(ref)
     return 0.0 if difference == 0.0 else float(difference / size) if size > 0.0 else math.inf
+
+
+def ex2_bound(power):
+    """Of `ex2.approx`, 2 ulp of the correctly rounded result: PTX ISA 9.7.3.21."""
+    return 2.0 ** -22 * np.abs(power)
+
+
+def lg2_bound(logarithm):
+    """Of `lg2.approx`: absolute for arguments from 0.5 to 2, else relative: PTX ISA 9.7.3.20."""
+    return 2.0 ** -22 * np.maximum(1.0, np.abs(logarithm))

@@ -1,0 +1,70 @@
+"""On a GPU every intrinsic does what `verify.ptx_effects` says, bit for bit. Levels: l1.
+
+One of them: `python -m pytest verify/test_l1_ptx.py -k tma_store`.
+"""
+
+import numpy as np
+import pytest
+from numba import cuda
+
+if cuda.config.ENABLE_CUDASIM:
+    pytest.skip("the simulator has no PTX", allow_module_level=True)
+
+from cuda.bindings import driver
+
+from mla_numba.host import hopper
+from mla_numba.host.cubin import checked, compile_kernel
+from mla_numba.host.tensor_map import TensorMaps
+from verify.ptx_effects import EFFECTS, Arrays, Effect
+
+# A kernel that waits for ever ends with the process alone.
+pytestmark = [pytest.mark.l1, pytest.mark.skipif(bool(hopper.unavailable()), reason="; ".join(hopper.unavailable())),
+              pytest.mark.timeout(60, method="thread")]
+
+
+def _attributes(effect: Effect) -> list[driver.CUlaunchAttribute]:
+    attributes = []
+    if effect.cluster_size > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = effect.cluster_size, 1, 1
+        attributes.append(cluster)
+    if effect.num_launches > 1:
+        programmatic = driver.CUlaunchAttribute()
+        programmatic.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        programmatic.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(programmatic)
+    return attributes
+
+
+def _run(effect: Effect, inputs: Arrays) -> Arrays:
+    """The arrays after the launch."""
+    memory = {name: cuda.to_device(array) for name, array in inputs.items()}
+    maps = TensorMaps()
+    arguments = np.zeros(len(inputs), np.uint64)
+    for i, (name, array) in enumerate(memory.items()):
+        arguments[i] = array.__cuda_array_interface__["data"][0]
+        if name in effect.tensor_maps:
+            tensor_map = effect.tensor_maps[name]
+            arguments[i] = maps.address(tensor_map.dtype, int(arguments[i]), tensor_map.sizes, tensor_map.strides, tensor_map.box)
+    pointers = arguments.ctypes.data + 8 * np.arange(len(inputs), dtype=np.uint64)
+
+    code, _ = compile_kernel(effect)
+    library = checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), "cuLibraryLoadData")
+    (kernel,) = checked(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = effect.num_blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = effect.num_threads, 1, 1
+    config.sharedMemBytes = effect.smem_bytes
+    config.attrs = _attributes(effect)
+    config.numAttrs = len(config.attrs)
+    for _ in range(effect.num_launches):
+        checked((*driver.cuLaunchKernelEx(config, driver.CUfunction(int(kernel)), pointers.ctypes.data, 0), None), "cuLaunchKernelEx")
+    return {name: array.copy_to_host() for name, array in memory.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("effect", EFFECTS.values(), ids=EFFECTS)
+def test_effect(effect: Effect, seed: int) -> None:
+    inputs = effect.inputs(np.random.default_rng(seed))
+    effect.check(inputs, _run(effect, inputs))
