@@ -488,8 +488,9 @@ def make_policy(priority):
 
     def kernel(out):
         policy = create()
-        ptx.st_global_b32(out, u32(policy))
-        ptx.st_global_b32(out + u64(4), u32(policy >> u64(32)))
+        if cuda.threadIdx.x == 0:
+            ptx.st_global_b32(out, u32(policy))
+            ptx.st_global_b32(out + u64(4), u32(policy >> u64(32)))
 
     return kernel
 

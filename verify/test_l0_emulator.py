@@ -70,4 +70,4 @@ def test_failure_prints_a_line_that_runs_it_again() -> None:
 
 def test_edit_that_fits_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match="must fit one place, and fits 0"):
-        Mutant("typo", "kernels.hopper_decode", "no such text", "").run()
+        Mutant("typo", "mla_numba.kernels.hopper_decode", "no such text", "").run()

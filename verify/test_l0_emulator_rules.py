@@ -13,8 +13,10 @@ if numba_cuda.config.ENABLE_CUDASIM:
     pytest.skip("the emulator takes Numba's own types", allow_module_level=True)
 
 from verify.emulator.device import EmulatedGpu  # noqa: E402
+from verify.emulator.effects import run as run_effect  # noqa: E402
 from verify.emulator.findings import Finding  # noqa: E402
 from verify.emulator.tma import TensorMap  # noqa: E402
+from verify.ptx_effects import EFFECTS, Effect  # noqa: E402
 
 MBAR, DATA = 1024, 2048     # shared addresses, from the block's dynamic memory on
 NUM_THREADS, SMEM_BYTES = 64, 48 * 1024
@@ -411,7 +413,7 @@ def registers_increased_to_fewer(k):
     return kernel
 
 
-@broken("race", "of block")
+@broken("race", "nothing orders them")
 def blocks_share_a_word(k):
     return lambda: k.ptx.st_global_f32(k.output + 4 * k.thread, f32(0))
 
@@ -511,3 +513,11 @@ def test_dependent_grid_may_start_early_and_waits_for_all() -> None:
         kit.gpu.machine.run()
         early += not all(first_ended)
     assert early > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("effect", EFFECTS.values(), ids=EFFECTS)
+def test_intrinsic_has_its_effect(effect: Effect, seed: int) -> None:
+    """What NumPy says of every intrinsic holds in the emulator, as it does on a GPU (test_l1_ptx)."""
+    inputs = effect.inputs(np.random.default_rng(seed))
+    effect.check(inputs, run_effect(effect, inputs, seed))

@@ -12,19 +12,20 @@ class MBarrier:
 
     def __init__(self, block: Block, address: int, count: int, thread: Thread):
         self._block, self._address, self.count = block, address, count
-        self.agent = block.agent_of_barrier(len(block.mbarriers))
+        self.agent = block.agent_of_barrier(block.num_mbarriers)
+        block.num_mbarriers += 1
         self.phase = 0
         self._pending = count
         self._bytes = 0
         self._arriving = block.new_stamp()
         self._completed: Stamp | None = None
         self._waiting: dict[Thread, int] = {}
-        self._maker, self._made_at = thread, int(thread.clock[thread.index])
+        self._maker, self._made_at = thread, int(thread.clock[thread.agent])
         self.known_to_async = False
 
     def require_made(self, thread: Thread) -> None:
         """Its initialisation must have happened before any use."""
-        if not thread.has_seen(self._block.uid, self._maker.index, self._made_at):
+        if not thread.has_seen(self._block.cluster.uid, self._maker.agent, self._made_at):
             raise Finding("barrier", f"{thread.describe()} uses the mbarrier at {self._address:#x}, which {self._maker.describe()} "
                           "initialises, and nothing orders them")
 
@@ -43,6 +44,12 @@ class MBarrier:
         if self._bytes > MAX_PENDING_BYTES:
             raise Finding("barrier", f"the mbarrier at {self._address:#x} waits for {self._bytes} bytes, more than {MAX_PENDING_BYTES}")
 
+    def arrive_for_copies(self, agent: int, epoch: int) -> None:
+        """An arrival by a thread's copies, which are there."""
+        self._arriving.clock[agent] = max(self._arriving.clock[agent], epoch)
+        self._pending -= 1
+        self._advance()
+
     def complete_bytes(self, num_bytes: int) -> None:
         """TMA has delivered some."""
         self._bytes -= num_bytes
@@ -57,6 +64,15 @@ class MBarrier:
             del self._waiting[thread]
         if self._completed is not None:
             self._completed.give(thread)
+
+    def test(self, thread: Thread, parity: int) -> int:
+        """Whether it has completed, without waiting."""
+        self.require_made(thread)
+        if not self.has_completed(parity):
+            return 0
+        if self._completed is not None:
+            self._completed.give(thread)
+        return 1
 
     def _describe(self) -> str:
         return (f"phase {self.phase} of the mbarrier at {self._address:#x} ({self._pending} of {self.count} arrivals and {self._bytes} "

@@ -86,7 +86,7 @@ class EmulatedGpu:
         return self._addresses[purpose]
 
     def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        module = self.language.load(f"kernels.{spec.module}")
+        module = self.language.load(f"mla_numba.kernels.{spec.module}")
         kernel = getattr(module, spec.make)(*spec.configuration)
         typed = [self.language.argument(kind, value) for kind, value in zip(spec.types().args, arguments, strict=True)]
         static = min(STATIC_SMEM, 227 * 1024 - spec.smem_bytes)

@@ -14,14 +14,18 @@ from mla_numba import ptx as real
 
 from . import tma
 from .barriers import MBarrier, mbarrier, named_barrier
+from .clocks import Stamp, known_to
+from .copies import copies_of
 from .findings import Finding
-from .machine import WARP, Machine, Warp
+from .machine import WARP, Block, Machine, Thread, Warp
 from .registers import Registers
 from .tensor_core import tensor_of
 
 f32 = np.float32
 WORD = 0xFFFFFFFF
-L2_POLICIES = (real.EVICT_FIRST, real.EVICT_LAST)
+L2_POLICIES = {"evict_first": real.EVICT_FIRST, "evict_last": real.EVICT_LAST, "evict_normal": real.EVICT_NORMAL}
+# An address of another block's shared memory: its rank + 1 above the bits that shared memory needs.
+RANK_SHIFT = 24
 
 
 def signed(value: int) -> int:
@@ -33,7 +37,7 @@ class Instructions:
     """The intrinsics, bound to a machine."""
 
     DESCRIPTOR_K_MAJOR, DESCRIPTOR_MN_MAJOR = real.DESCRIPTOR_K_MAJOR, real.DESCRIPTOR_MN_MAJOR
-    EVICT_FIRST, EVICT_LAST = real.EVICT_FIRST, real.EVICT_LAST
+    EVICT_FIRST, EVICT_LAST, EVICT_NORMAL = real.EVICT_FIRST, real.EVICT_LAST, real.EVICT_NORMAL
 
     def __init__(self, machine: Machine, tensor_maps: dict[int, tma.TensorMap]):
         self._machine = machine
@@ -57,6 +61,11 @@ class Instructions:
             return f32(np.inf)
         # Flushed to zero below the normal range.
         return y if y >= 2.0 ** -126 or y != y else f32(0)
+
+    def lg2_approx(self, x: Any) -> Any:
+        x = f32(x)
+        # Subnormals are flushed to zero.
+        return f32(np.log2(x)) if x >= 2.0 ** -126 or x != x else f32(-np.inf if abs(x) < 2.0 ** -126 else np.nan)
 
     def mul_rn(self, a: Any, b: Any) -> Any:
         return f32(a) * f32(b)
@@ -86,6 +95,13 @@ class Instructions:
         block.smem.hold_barrier(address, True)
         block.mbarriers[address] = MBarrier(block, address, int(count), thread)
 
+    def mbarrier_inval(self, mbar_smem: int) -> None:
+        block = self._machine.current.block
+        self._barrier(mbar_smem).require_made(self._machine.current)
+        self._barrier(mbar_smem).require_idle(mbar_smem & WORD)
+        block.smem.hold_barrier(mbar_smem & WORD, False)
+        del block.mbarriers[mbar_smem & WORD]
+
     def fence_mbarrier_init(self) -> None:
         self._show_barriers()
 
@@ -100,6 +116,12 @@ class Instructions:
     def mbarrier_arrive(self, mbar_smem: int) -> None:
         self._barrier(mbar_smem).arrive(self._machine.current)
 
+    def mbarrier_arrive_count(self, mbar_smem: int, count: int) -> None:
+        self._barrier(mbar_smem).arrive(self._machine.current, int(count))
+
+    def mbarrier_expect_tx(self, mbar_smem: int, num_bytes: int) -> None:
+        self._barrier(mbar_smem).expect(self._machine.current, int(num_bytes))
+
     def mbarrier_arrive_expect_tx(self, mbar_smem: int, num_bytes: int) -> None:
         barrier = self._barrier(mbar_smem)
         barrier.expect(self._machine.current, int(num_bytes))
@@ -108,6 +130,12 @@ class Instructions:
     def mbarrier_wait_parity(self, mbar_smem: int, parity: int) -> None:
         self._machine.touch()
         self._barrier(mbar_smem).wait(self._machine.current, int(parity))
+
+    mbarrier_wait_parity_cluster = mbarrier_wait_parity
+
+    def mbarrier_test_wait_parity(self, mbar_smem: int, parity: int) -> int:
+        self._machine.touch()
+        return self._barrier(mbar_smem).test(self._machine.current, int(parity))
 
     # Named barriers, fences.
 
@@ -135,11 +163,18 @@ class Instructions:
     def fence_proxy_async_shared(self) -> None:
         thread = self._machine.current
         np.maximum(thread.fenced, thread.clock, out=thread.fenced)
-        thread.clock[thread.index] += 1
+        thread.clock[thread.agent] += 1
         self._show_barriers()
 
+    fence_proxy_async = fence_proxy_async_shared
+
     def fence_acq_rel_gpu(self) -> None:
-        """Orders what the thread's own release and acquire already order here."""
+        """The thread's relaxed stores from now on release what it knows now."""
+        thread = self._machine.current
+        thread.released = known_to(thread)
+        thread.clock[thread.agent] += 1
+
+    fence_acq_rel_cluster = fence_acq_rel_gpu
 
     def fence_proxy_tensormap_acquire(self, tensor_map: int) -> None:
         self._map(tensor_map)
@@ -187,28 +222,36 @@ class Instructions:
             registers[first + i] = int(thread.block.smem.u32[word + i])
 
     def ldmatrix_x4(self, registers: Registers, first: int, row_smem: int) -> None:
-        line = self._line()
+        self._load_matrices(registers, first, row_smem, False, self._line())
 
+    def ldmatrix_x4_trans(self, registers: Registers, first: int, row_smem: int) -> None:
+        self._load_matrices(registers, first, row_smem, True, self._line())
+
+    def _load_matrices(self, registers: Registers, first: int, row_smem: int, transposed: bool, line: int) -> None:
         def load(warp: Warp, values: dict[int, int]) -> dict[int, list[int]]:
             rows = warp.block.smem.read_rows(warp.threads, _matrix_rows(values, warp), line)
             # (matrix, row, column pair) to lanes: lane l has row l / 4, pair l % 4, of every matrix.
-            words = np.ascontiguousarray(rows).view(np.uint32).reshape(4, 32)
+            words = _transposed(rows, transposed).view(np.uint32).reshape(4, 32)
             return {lane: words[:, lane].tolist() for lane in range(WARP)}
 
         for i, word in enumerate(self._machine.meet("ldmatrix", line, row_smem & WORD, load)):
             registers[first + i] = word
 
     def stmatrix_x4(self, row_smem: int, a: int, b: int, c: int, d: int) -> None:
-        line = self._line()
+        self._store_matrices((row_smem & WORD, a, b, c, d), False, self._line())
 
+    def stmatrix_x4_trans(self, row_smem: int, a: int, b: int, c: int, d: int) -> None:
+        self._store_matrices((row_smem & WORD, a, b, c, d), True, self._line())
+
+    def _store_matrices(self, operands: tuple[int, ...], transposed: bool, line: int) -> None:
         def store(warp: Warp, values: dict[int, tuple[int, ...]]) -> None:
             smem = warp.block.smem
             rows = _matrix_rows({lane: value[0] for lane, value in values.items()}, warp)
             smem.write_rows(warp.threads, rows, line)
             words = np.array([values[lane][1:] for lane in range(WARP)], np.uint32)
-            smem.rows[rows] = np.ascontiguousarray(words.T).view(np.uint16).reshape(32, 8)
+            smem.rows[rows] = _transposed(np.ascontiguousarray(words.T).view(np.uint16).reshape(32, 8), transposed)
 
-        self._machine.meet("stmatrix", line, (row_smem & WORD, a, b, c, d), store)
+        self._machine.meet("stmatrix", line, operands, store)
 
     def ld_global_i32(self, address: int) -> int:
         return int(self._load_global(address, 4, self._line(), constant=True).view(np.int32)[0])
@@ -240,27 +283,52 @@ class Instructions:
         self._machine.touch()
         self._machine.memory.write(self._machine.current, int(address), value, line)
 
-    def atom_add_acq_rel(self, address: int, value: int) -> int:
+    # Words that blocks share.
+
+    def _atomic(self, address: int, change: Callable[[int], int], acquire: bool, release: bool) -> int:
+        """Replace a word by what `change` makes of it; returns what was there."""
         self._machine.pause()
         thread = self._machine.current
         word, stamp = self._machine.memory.strong(int(address))
         before = int(word[0])
-        word[0] = (before + int(value)) & WORD
-        stamp.give(thread)
-        stamp.take(thread)
+        after = change(before) & WORD
+        if after != before:
+            self._machine.idle_polls = 0
+        word[0] = after
+        if acquire:
+            stamp.give(thread)
+        if release:
+            stamp.take(thread)
         return before
+
+    def atom_add_acq_rel(self, address: int, value: int) -> int:
+        return self._atomic(address, lambda before: before + int(value), True, True)
+
+    def atom_cas_acq_rel(self, address: int, expected: int, value: int) -> int:
+        self._machine.poll()
+        return self._atomic(address, lambda before: int(value) if before == int(expected) & WORD else before, True, True)
+
+    def red_add_u32(self, address: int, value: int) -> None:
+        self._atomic(address, lambda before: before + int(value), False, True)
+
+    def red_add_f32(self, address: int, value: Any) -> None:
+        self._machine.pause()
+        word, _ = self._machine.memory.strong(int(address))
+        number = word.view(np.float32)
+        number[0] = number[0] + f32(value)
 
     def ld_acquire(self, address: int) -> int:
         self._machine.poll()
-        thread = self._machine.current
         word, stamp = self._machine.memory.strong(int(address))
-        stamp.give(thread)
+        stamp.give(self._machine.current)
         return int(word[0])
 
     def st_relaxed(self, address: int, value: int) -> None:
         self._machine.touch()
-        word, _ = self._machine.memory.strong(int(address))
+        word, stamp = self._machine.memory.strong(int(address))
+        stamp.replace(self._machine.current.released)
         word[0] = int(value) & WORD
+        self._machine.idle_polls = 0
 
     # Tensor core.
 
@@ -315,12 +383,153 @@ class Instructions:
     def prefetch_tensormap(self, tensor_map: int) -> None:
         self._map(tensor_map)
 
-    def tma_load_4d(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, l2_policy: int) -> None:
-        if int(l2_policy) not in L2_POLICIES:
+    def make_createpolicy(self, priority: str, fraction: float = 1.0) -> Callable[[], int]:
+        if fraction != 1.0:
+            raise NotImplementedError(f"createpolicy of a fraction of {fraction}: 1 is modelled")
+        return lambda: L2_POLICIES[priority]
+
+    def _place(self, tensor_map: int, coordinates: tuple[int, ...], l2_policy: int) -> tuple[tma.TensorMap, tuple[int, ...]]:
+        if int(l2_policy) not in L2_POLICIES.values():
             raise Finding("misaligned", f"{int(l2_policy):#x} is no L2 cache policy")
+        return self._map(tensor_map), tuple(signed(int(at)) for at in coordinates)
+
+    def tma_load_4d(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, l2_policy: int) -> None:
         machine = self._machine
-        tma.load(machine, machine.current, self._map(tensor_map), (signed(x), signed(y), signed(z), signed(w)), dst_smem & WORD,
-                 self._barrier(mbar_smem), self._line())
+        where = self._place(tensor_map, (x, y, z, w), l2_policy)
+        tma.load(machine, machine.current, *where, machine.current.block, dst_smem & WORD, self._barrier(mbar_smem), self._line())
+
+    def tma_load_4d_multicast(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, cta_mask: int,
+                              l2_policy: int) -> None:
+        machine = self._machine
+        where = self._place(tensor_map, (x, y, z, w), l2_policy)
+        for block in machine.current.block.cluster.blocks:
+            if int(cta_mask) >> block.rank & 1:
+                tma.load(machine, machine.current, *where, block, dst_smem & WORD, mbarrier(block, mbar_smem & WORD), self._line())
+
+    def tma_prefetch_4d(self, tensor_map: int, x: int, y: int, z: int, w: int, l2_policy: int) -> None:
+        self._place(tensor_map, (x, y, z, w), l2_policy)
+
+    def tma_store_4d(self, src_smem: int, tensor_map: int, x: int, y: int, z: int, w: int) -> None:
+        thread = self._machine.current
+        copies = copies_of(thread, "bulk")
+        copies.begun += 1
+        where = self._place(tensor_map, (x, y, z, w), real.EVICT_NORMAL)
+        copies.begin(tma.Store(self._machine, thread, *where, src_smem & WORD, copies.begun, self._line()))
+
+    def cp_async_bulk_commit_group(self) -> None:
+        copies_of(self._machine.current, "bulk").commit()
+
+    def make_cp_async_bulk_wait_group(self, pending: int, read: bool = False) -> Callable[[], None]:
+        return lambda: copies_of(self._machine.current, "bulk").wait(pending, read)
+
+    # Copies by threads.
+
+    def cp_async_16(self, dst_smem: int, src: int) -> None:
+        self._copy(dst_smem & WORD, int(src), 16, self._line())
+
+    def cp_async_16_zfill(self, dst_smem: int, src: int, num_bytes: int) -> None:
+        self._copy(dst_smem & WORD, int(src), int(num_bytes), self._line())
+
+    def _copy(self, address: int, src: int, num_bytes: int, line: int) -> None:
+        if not 0 <= num_bytes <= 16:
+            raise Finding("out of bounds", f"cp.async of {num_bytes} bytes: it copies up to 16")
+        thread = self._machine.current
+        copies = copies_of(thread, "cp.async")
+        copies.begun += 1
+        first = thread.block.smem.require_row(address) * 4
+        thread.block.smem.async_write(thread, thread.copy_agent, copies.begun, np.arange(first, first + 4), line, async_proxy=False)
+        copies.begin(_RowCopy(self._machine, thread, first // 4, src, num_bytes, line))
+
+    def cp_async_commit_group(self) -> None:
+        copies_of(self._machine.current, "cp.async").commit()
+
+    def make_cp_async_wait_group(self, pending: int) -> Callable[[], None]:
+        return lambda: copies_of(self._machine.current, "cp.async").wait(pending)
+
+    def cp_async_mbarrier_arrive_noinc(self, mbar_smem: int) -> None:
+        barrier = self._barrier(mbar_smem)
+        barrier.require_made(self._machine.current)
+        copies_of(self._machine.current, "cp.async").arrive(barrier)
+
+    # The cluster.
+
+    def cluster_ctarank(self) -> int:
+        return self._machine.current.block.rank
+
+    def mapa_shared_cluster(self, address: int, cta_rank: int) -> int:
+        if not 0 <= int(cta_rank) < self._machine.current.block.grid.cluster_size:
+            raise Finding("out of bounds", f"block {int(cta_rank)} of a cluster of {self._machine.current.block.grid.cluster_size}")
+        return (int(cta_rank) + 1) << RANK_SHIFT | (int(address) & WORD)
+
+    def _of_cluster(self, address: int) -> tuple[Block, int]:
+        """The block that an address of the cluster's shared memory is in, and where there."""
+        block = self._machine.current.block
+        rank, address = int(address) >> RANK_SHIFT, int(address) & ((1 << RANK_SHIFT) - 1)
+        return block.cluster.blocks[rank - 1] if rank else block, address
+
+    def barrier_cluster_arrive(self) -> None:
+        cluster = self._machine.current.block.cluster
+
+        def arrive(warp: Warp, _: Any) -> None:
+            for thread in warp.threads:
+                cluster.stamp.take(thread)
+            cluster.arrived += len(warp.threads)
+            if cluster.arrived == sum(block.alive for block in cluster.blocks):
+                cluster.last_stamp, cluster.stamp = cluster.stamp, Stamp(cluster.num_agents)
+                cluster.arrived, cluster.phase = 0, cluster.phase + 1
+                waiting, cluster.waiting = cluster.waiting, []
+                self._machine.wake(waiting)
+
+        thread = self._machine.current
+        if thread.cluster_phase is not None:
+            raise Finding("barrier", f"{thread.describe()} arrives at the cluster's barrier again, and has not waited there")
+        thread.cluster_phase = cluster.phase
+        self._machine.meet("barrier.cluster.arrive", self._line(), None, arrive)
+
+    def barrier_cluster_wait(self) -> None:
+        thread = self._machine.current
+        cluster = thread.block.cluster
+        if thread.cluster_phase is None:
+            raise Finding("barrier", f"{thread.describe()} waits at the cluster's barrier, and has not arrived there")
+        while cluster.phase == thread.cluster_phase:
+            cluster.waiting.append(thread)
+            self._machine.wait(lambda: f"the cluster's barrier ({cluster.arrived} threads have arrived)")
+        thread.cluster_phase = None
+        cluster.last_stamp.give(thread)
+
+    def mbarrier_arrive_cluster(self, mbar_cluster: int) -> None:
+        block, address = self._of_cluster(mbar_cluster)
+        mbarrier(block, address).arrive(self._machine.current)
+
+    def st_async_b32(self, address: int, value: int, mbar_cluster: int) -> None:
+        machine = self._machine
+        block, place = self._of_cluster(address)
+        barrier_block, mbar = self._of_cluster(mbar_cluster)
+        if barrier_block is not block:
+            raise Finding("barrier", "st.async with an mbarrier of another block than its address")
+        barrier = mbarrier(block, mbar)
+        barrier.require_made(machine.current)
+        word, bits = block.smem.require_word(place), int(value) & WORD
+        block.smem.async_write(machine.current, barrier.agent, barrier.phase + 1, np.array([word]), self._line(), async_proxy=False)
+
+        def land() -> None:
+            block.smem.u32[word] = bits
+            barrier.complete_bytes(4)
+
+        machine.later(land)
+
+    def ld_shared_cluster_b32(self, address: int) -> int:
+        smem, word = self._load_cluster(address, self._line())
+        return int(smem.u32[word])
+
+    def ld_shared_cluster_f32(self, address: int) -> Any:
+        smem, word = self._load_cluster(address, self._line())
+        return smem.f32[word]
+
+    def _load_cluster(self, address: int, line: int) -> tuple[Any, int]:
+        self._machine.touch()
+        block, place = self._of_cluster(address)
+        return block.smem, block.smem.read(self._machine.current, place, 1, line)
 
     # The block and the grid.
 
@@ -349,6 +558,35 @@ class Instructions:
 
     def griddepcontrol_launch_dependents(self) -> None:
         self._machine.trigger(self._machine.current.block)
+
+
+class _RowCopy:
+    """16 bytes on their way to shared memory."""
+
+    def __init__(self, machine: Machine, thread: Thread, row: int, src: int, num_bytes: int, line: int):
+        self._row, self._smem = row, thread.block.smem
+        self._bytes = np.zeros(16, np.uint8)
+        if src % 16:
+            raise Finding("misaligned", f"cp.async from global address {src:#x}, which is no multiple of 16")
+        if num_bytes:
+            for at in range(0, num_bytes, 4):
+                data = machine.memory.read(thread, src + at, 4, line)
+                self._bytes[at:min(at + 4, num_bytes)] = data[:num_bytes - at]
+        self._written = False
+
+    def read(self) -> None:
+        """Global memory has been read."""
+
+    def write(self) -> None:
+        if not self._written:
+            self._written = True
+            self._smem.rows[self._row] = self._bytes.view(np.uint16)
+
+
+def _transposed(rows: np.ndarray, transposed: bool) -> np.ndarray:
+    """Four matrices of eight rows of eight elements, each transposed or not."""
+    matrices = rows.reshape(4, 8, 8)
+    return np.ascontiguousarray(matrices.swapaxes(1, 2) if transposed else matrices).reshape(32, 8)
 
 
 def _same(values: dict[int, Any], warp: Warp) -> Any:

@@ -155,11 +155,11 @@ class Cuda:
 
 def _join_clocks(warp: Warp, _: Any) -> None:
     """A warp's barrier: every lane has seen what all lanes have."""
-    block = warp.block
-    lanes = [thread.index for thread in warp.threads]
-    block.clocks[lanes] = block.clocks[lanes].max(axis=0)
-    block.fenced[lanes] = block.fenced[lanes].max(axis=0)
-    block.clocks[lanes, lanes] += 1
+    cluster = warp.block.cluster
+    rows = [warp.block.rank * warp.block.grid.num_threads + thread.index for thread in warp.threads]
+    cluster.clocks[rows] = cluster.clocks[rows].max(axis=0)
+    cluster.fenced[rows] = cluster.fenced[rows].max(axis=0)
+    cluster.clocks[rows, [thread.agent for thread in warp.threads]] += 1
     foreign = [thread.foreign for thread in warp.threads if thread.foreign]
     if foreign:
         from .clocks import joined
@@ -172,16 +172,16 @@ def _join_clocks(warp: Warp, _: Any) -> None:
 
 
 class Language:
-    """Loads modules of `mla_numba` under these meanings; one per machine.
+    """Loads modules with kernels under these meanings; one per machine.
 
     Parameters
     ----------
     edits : mapping, optional
-        By module ("kernels.hopper_decode"): pairs of a text that it has once, and what to run in its place.
+        By module ("mla_numba.kernels.hopper_decode"): pairs of a text that it has once, and what to run in its place.
     """
 
     def __init__(self, machine: Machine, ptx: Instructions, edits: Edits | None = None):
-        self._machine, self._ptx, self._edits = machine, ptx, edits or {}
+        self._machine, self._edits = machine, edits or {}
         self.cuda = Cuda(machine, ptx)
         self._modules: dict[str, ModuleType] = {}
         numpy = ModuleType("numpy")
@@ -192,27 +192,27 @@ class Language:
         real_cuda = importlib.import_module("numba.cuda")
         self._answers = {
             "math": SimpleNamespace(log2=_log2), "numpy": numpy, "numba": SimpleNamespace(cuda=self.cuda),
+            "mla_numba": SimpleNamespace(ptx=ptx),
             "numba.cuda": SimpleNamespace(types=real_cuda.types, config=self.cuda.config, int32=real_cuda.types.int32, jit=self.cuda.jit)}
 
     def load(self, name: str) -> ModuleType:
-        """Module `mla_numba.<name>`, executed anew."""
+        """A module, executed anew."""
         if name in self._modules:
             return self._modules[name]
-        full = f"mla_numba.{name}"
-        spec = importlib.util.find_spec(full)
+        spec = importlib.util.find_spec(name)
         path = str(spec.origin)  # type: ignore[union-attr]
         with open(path, encoding="utf-8") as file:
             source = file.read()
         if name in self._edits:
             for old, new in self._edits[name]:
                 if source.count(old) != 1:
-                    raise ValueError(f"the edit of {full} must fit one place, and fits {source.count(old)}: {old!r}")
+                    raise ValueError(f"the edit of {name} must fit one place, and fits {source.count(old)}: {old!r}")
                 source = source.replace(old, new)
             # Of its own name, so that tracebacks show the edited lines.
             path = f"{path} (edited)"
             linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
-        module = ModuleType(full)
-        module.__package__ = full.rpartition(".")[0]
+        module = ModuleType(name)
+        module.__package__ = name.rpartition(".")[0]
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._import}
         self._modules[name] = module
         self._machine.kernel_files.add(path)
@@ -221,14 +221,14 @@ class Language:
 
     def _import(self, name: str, namespace: Any = None, local: Any = None, names: Any = (), level: int = 0) -> Any:
         """What an import statement of a loaded module gets."""
-        if level == 0:
-            return self._answers.get(name) or builtins.__import__(name, namespace, local, names, level)
-        package = namespace["__package__"].split(".")
-        full = ".".join(package[:len(package) - level + 1] + ([name] if name else []))
-        if full == "mla_numba":
-            return SimpleNamespace(ptx=self._ptx)
+        full = name
+        if level > 0:
+            package = namespace["__package__"].split(".")
+            full = ".".join(package[:len(package) - level + 1] + ([name] if name else []))
+        if full in self._answers:
+            return self._answers[full]
         if full.startswith("mla_numba.kernels."):
-            return self.load(full.partition(".")[2])
+            return self.load(full)
         return builtins.__import__(name, namespace, local, names, level)
 
     def argument(self, kind: Any, value: Any) -> Any:

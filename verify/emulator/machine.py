@@ -18,7 +18,7 @@ from .findings import Finding, Lines, kernel_stack
 from .memory import GlobalMemory, SharedMemory
 
 WARP = 32
-# Agents of a block besides its threads, see `clocks`.
+# Of a block; they have agents, see `clocks`.
 MAX_WARPS = 32
 MAX_BARRIERS = 64
 REGISTERS_PER_SM = 65536
@@ -31,12 +31,15 @@ MAX_IDLE_POLLS = 20_000
 class Thread:
     """One GPU thread."""
 
-    __slots__ = ("block", "clock", "dirty", "fenced", "foreign", "fuse", "greenlet", "index", "lane", "waits_for", "warp")
+    __slots__ = ("agent", "block", "clock", "cluster_phase", "copies", "copy_agent", "dirty", "fenced", "foreign", "fuse", "greenlet",
+                 "index", "lane", "released", "waits_for", "warp")
 
     def __init__(self, block: "Block", index: int, warp: "Warp"):
         self.block, self.index, self.lane, self.warp = block, index, index % WARP, warp
-        self.clock, self.fenced = block.clocks[index], block.fenced[index]
-        self.clock[index] = 1
+        self.agent = block.first_agent + index
+        row = block.rank * block.grid.num_threads + index
+        self.clock, self.fenced = block.cluster.clocks[row], block.cluster.fenced[row]
+        self.clock[self.agent] = 1
         self.foreign: dict[int, np.ndarray] | None = None
         self.greenlet: greenlet | None = None
         # What for, in words as they are when somebody asks.
@@ -44,13 +47,20 @@ class Thread:
         # Arrays of registers written since the last wgmma.fence.
         self.dirty: list[Any] = []
         self.fuse = 0
+        # The phase of the cluster's barrier at which it has arrived and not waited.
+        self.cluster_phase: int | None = None
+        # What the thread knew at its last fence.acq_rel, which its relaxed stores release.
+        self.released: dict[int, np.ndarray] = {}
+        # Its asynchronous copies, see `copies`.
+        self.copy_agent = block.agent_of_copies(index)
+        self.copies: Any = None
 
     def describe(self) -> str:
         return f"{self.block.name} thread {self.index} (warp {self.warp.index}, lane {self.lane})"
 
     def has_seen(self, uid: int, agent: int, epoch: int) -> bool:
-        """Whether an access by an agent of some block happened before now."""
-        if uid == self.block.uid:
+        """Whether an access by an agent of some cluster happened before now."""
+        if uid == self.block.cluster.uid:
             return bool(self.clock[agent] >= epoch)
         if self.block.machine.grid_of(uid) < self.clock[-1]:
             return True
@@ -84,31 +94,47 @@ class Warp:
         self.now = 0.0
 
 
+class Cluster:
+    """Thread blocks that run together, most often one: they share clocks, a barrier, and the addresses of their shared memory."""
+
+    def __init__(self, machine: "Machine", grid: "Grid", index: tuple[int, int, int], uid: int):
+        self.uid, self.grid = uid, grid
+        self.agents_per_block = grid.num_threads * (2 if grid.copies else 1) + MAX_WARPS + MAX_BARRIERS
+        self.num_agents = grid.cluster_size * self.agents_per_block + 1
+        self.clocks = np.zeros((grid.cluster_size * grid.num_threads, self.num_agents), np.int32)
+        self.fenced = np.zeros_like(self.clocks)
+        # Dynamic shared memory lies where the alignment of 16 lets it, in all blocks alike; static arrays lie behind it.
+        dynamic_smem = machine.rng.randrange(0, 1024, 16) if machine.timing is None else 0
+        self.blocks = [Block(machine, self, rank, (index[0] + rank, *index[1:]), dynamic_smem) for rank in range(grid.cluster_size)]
+        # Its barrier: the arrivals of the phase, and who waits.
+        self.phase, self.arrived, self.stamp = 0, 0, Stamp(self.num_agents)
+        self.last_stamp = self.stamp
+        self.waiting: list[Thread] = []
+
+
 class Block:
     """A thread block: threads, shared memory, barriers."""
 
-    def __init__(self, machine: "Machine", grid: "Grid", index: tuple[int, int, int], uid: int):
-        self.machine, self.grid, self.index, self.uid = machine, grid, index, uid
+    def __init__(self, machine: "Machine", cluster: Cluster, rank: int, index: tuple[int, int, int], dynamic_smem: int):
+        grid = cluster.grid
+        self.machine, self.grid, self.cluster, self.rank, self.index = machine, grid, cluster, rank, index
         self.name = f"{grid.name}{list(index)}"
-        self.num_agents = grid.num_threads + 2 * MAX_WARPS + MAX_BARRIERS + 1
-        self.clocks = np.zeros((grid.num_threads, self.num_agents), np.int32)
-        self.fenced = np.zeros_like(self.clocks)
+        self.first_agent = rank * cluster.agents_per_block
         # Registers of a thread at launch: as many as the SM has for so many, in steps of 8.
         self.registers = min(REGISTERS_PER_SM // grid.num_threads // 8 * 8, 255)
         self.free_registers = 0
-        num_warps = -(-grid.num_threads // WARP)
-        self.warps = [Warp(self, i) for i in range(num_warps)]
+        self.warps = [Warp(self, i) for i in range(-(-grid.num_threads // WARP))]
         for i in range(grid.num_threads):
             self.warps[i // WARP].threads.append(Thread(self, i, self.warps[i // WARP]))
         self.threads = [thread for warp in self.warps for thread in warp.threads]
-        # Dynamic shared memory lies where the alignment of 16 lets it; static arrays lie behind it.
-        self.dynamic_smem = machine.rng.randrange(0, 1024, 16) if machine.hostile else 0
-        self.smem = SharedMemory(self, -(-(self.dynamic_smem + grid.smem_bytes) // 16) * 16 + grid.static_smem, machine.numpy_rng)
+        self.dynamic_smem = dynamic_smem
         self.static_arrays: dict[Any, int] = {}
-        self.next_static = -(-(self.dynamic_smem + grid.smem_bytes) // 16) * 16
-        self.mbarriers: dict[int, Any] = {}
-        self.named: dict[int, Any] = {}
+        self.next_static = -(-(dynamic_smem + grid.smem_bytes) // 16) * 16
         self.alive = grid.num_threads
+        self.smem = SharedMemory(self, self.next_static + grid.static_smem, machine.numpy_rng)
+        self.mbarriers: dict[int, Any] = {}
+        self.num_mbarriers = 0
+        self.named: dict[int, Any] = {}
         self.triggered = False
         self.waited = False
         # Threads that wait for registers.
@@ -116,45 +142,48 @@ class Block:
 
     def agent_of_warp(self, warp: int) -> int:
         """The tensor core's, on behalf of a warp."""
-        return self.grid.num_threads + warp
-
-    def agent_of_copies(self, warp: int) -> int:
-        return self.grid.num_threads + MAX_WARPS + warp
+        return self.first_agent + self.grid.num_threads + warp
 
     def agent_of_barrier(self, number: int) -> int:
-        return self.grid.num_threads + 2 * MAX_WARPS + number
+        if number >= MAX_BARRIERS:
+            raise Finding("barrier", f"more than {MAX_BARRIERS} mbarriers in {self.name}: the emulator has no more")
+        return self.first_agent + self.grid.num_threads + MAX_WARPS + number
+
+    def agent_of_copies(self, thread: int) -> int:
+        return self.first_agent + self.grid.num_threads + MAX_WARPS + MAX_BARRIERS + thread
 
     def agent_name(self, agent: int) -> str:
-        place = agent - self.grid.num_threads
-        if place < 0:
-            return self.threads[agent].describe()
+        rank, place = divmod(agent, self.cluster.agents_per_block)
+        block = self.cluster.blocks[rank]
+        if place < self.grid.num_threads:
+            return block.threads[place].describe()
+        place -= self.grid.num_threads
         if place < MAX_WARPS:
-            return f"{self.name} wgmma of warp {place}"
-        if place < 2 * MAX_WARPS:
-            return f"{self.name} copy by warp {place - MAX_WARPS}"
-        address = next((at for at, barrier in self.mbarriers.items() if barrier.agent == agent), 0)
-        return f"{self.name} TMA behind the mbarrier at {address:#x}"
+            return f"{block.name} wgmma of warp {place}"
+        if place < MAX_WARPS + MAX_BARRIERS:
+            address = next((at for at, barrier in block.mbarriers.items() if barrier.agent == agent), 0)
+            return f"{block.name} TMA behind the mbarrier at {address:#x}"
+        return f"a copy of {block.threads[place - MAX_WARPS - MAX_BARRIERS].describe()}"
 
     def new_stamp(self) -> Stamp:
-        return Stamp(self.num_agents)
+        return Stamp(self.cluster.num_agents)
 
 
 class Grid:
     """A launch of a kernel."""
 
     def __init__(self, machine: "Machine", number: int, kernel: Callable[..., None], name: str, shape: tuple[int, int, int],
-                 num_threads: int, smem_bytes: int, static_smem: int, arguments: Sequence[Any], programmatic: bool):
+                 num_threads: int, smem_bytes: int, static_smem: int, arguments: Sequence[Any], programmatic: bool, cluster_size: int,
+                 copies: bool):
         if smem_bytes + static_smem > SMEM_LIMIT:
             raise Finding("out of bounds", f"{name} asks for {smem_bytes + static_smem} bytes of shared memory; a block has {SMEM_LIMIT}")
         self.kernel, self.name, self.shape, self.num_threads = kernel, name, shape, num_threads
         self.smem_bytes, self.static_smem, self.arguments, self.programmatic = smem_bytes, static_smem, arguments, programmatic
-        self.number = number
-        indices = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(shape[0])]
-        machine.rng.shuffle(indices)
-        self.to_start = indices
-        self.left = len(indices)
-        self.untriggered = len(indices)
-        self.started = False
+        self.number, self.cluster_size, self.copies = number, cluster_size, copies
+        # The first blocks of clusters, which lie along x.
+        self.to_start = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(0, shape[0], cluster_size)]
+        machine.rng.shuffle(self.to_start)
+        self.left = self.untriggered = shape[0] * shape[1] * shape[2]
         self.waiting: list[Thread] = []
 
     @property
@@ -195,13 +224,24 @@ class Machine:
         self.idle_polls = 0
 
     def grid_of(self, uid: int) -> int:
-        """Number of the grid that a block belongs to."""
+        """Number of the grid that a cluster belongs to."""
         return self._grid_numbers[uid]
 
     def launch(self, kernel: Callable[..., None], name: str, shape: tuple[int, int, int], num_threads: int, smem_bytes: int,
-               static_smem: int, arguments: Sequence[Any], programmatic: bool = True) -> None:
-        """Queue a kernel on the stream; `programmatic`: it may start when all blocks of the one before have said so."""
-        self.grids.append(Grid(self, len(self.grids), kernel, name, shape, num_threads, smem_bytes, static_smem, arguments, programmatic))
+               static_smem: int, arguments: Sequence[Any], programmatic: bool = True, cluster_size: int = 1, copies: bool = False) -> None:
+        """Queue a kernel on the stream.
+
+        Parameters
+        ----------
+        programmatic : bool
+            It may start when all blocks of the one before have said so.
+        cluster_size : int
+            Blocks of a cluster, along x.
+        copies : bool
+            Whether threads may begin asynchronous copies of their own (cp.async, stores by TMA).
+        """
+        self.grids.append(Grid(self, len(self.grids), kernel, name, shape, num_threads, smem_bytes, static_smem, arguments, programmatic,
+                               cluster_size, copies))
 
     def run(self) -> None:
         """Until all grids have ended.
@@ -349,16 +389,16 @@ class Machine:
         grid = self._startable()
         if grid is None:
             return False
-        index = grid.to_start.pop()
         self._grid_numbers.append(grid.number)
-        block = Block(self, grid, index, len(self._grid_numbers) - 1)
+        cluster = Cluster(self, grid, grid.to_start.pop(), len(self._grid_numbers) - 1)
         if not grid.programmatic:
-            block.clocks[:, -1] = grid.number
-        self._resident.append(block)
-        for thread in block.threads:
-            thread.greenlet = greenlet(self._body(thread), self._hub)
-            thread.fuse = self.rng.randrange(1, 2 * FUSE)
-        self.ready += block.threads
+            cluster.clocks[:, -1] = grid.number
+        for block in cluster.blocks:
+            self._resident.append(block)
+            for thread in block.threads:
+                thread.greenlet = greenlet(self._body(thread), self._hub)
+                thread.fuse = self.rng.randrange(1, 2 * FUSE)
+            self.ready += block.threads
         return True
 
     def _body(self, thread: Thread) -> Callable[[], None]:
@@ -385,6 +425,8 @@ class Machine:
                           f"at {warp.meeting.kind} at {self.lines.text(warp.meeting.line)}")
         if warp.tensor is not None:
             warp.tensor.require_idle(thread)
+        if thread.copies is not None:
+            thread.copies.require_idle(thread)
         block.alive -= 1
         barrier = block.named.get(0)
         if barrier is not None:

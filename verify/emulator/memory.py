@@ -22,6 +22,12 @@ from .findings import Finding, Lines
 NOBODY, BARRIER = -1, -2
 
 
+def words_of(rows: np.ndarray) -> np.ndarray:
+    """Indices of the words of rows of 16 bytes."""
+    words: np.ndarray = (rows.reshape(-1)[:, None] * 4 + np.arange(4)).reshape(-1)
+    return words
+
+
 class SharedMemory:
     """A thread block's shared memory: bytes, by 32-bit address from 0."""
 
@@ -46,16 +52,27 @@ class SharedMemory:
         self._agents: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def _require_inside(self, address: int, num_bytes: int, alignment: int) -> None:
+        if self._block.alive == 0:
+            raise Finding("out of bounds", f"shared memory of {self._block.name}, which has ended")
         if address % alignment:
             raise Finding("misaligned", f"shared address {address:#x} is no multiple of {alignment}")
         if not 0 <= address <= self.num_bytes - num_bytes:
             raise Finding("out of bounds", f"shared address {address:#x}, {num_bytes} bytes: the block has {self.num_bytes:#x}")
 
+    def require_row(self, address: int) -> int:
+        """Index of the row of 16 bytes at an address."""
+        self._require_inside(address, 16, 16)
+        return address >> 4
+
+    def require_word(self, address: int) -> int:
+        self._require_inside(address, 4, 4)
+        return address >> 2
+
     def read(self, thread: Any, address: int, num_words: int, line: int) -> int:
         """Note a thread's read; returns the first word's index."""
         self._require_inside(address, 4 * num_words, 4 * num_words)
         first = address >> 2
-        clock, slot = thread.clock, thread.index
+        clock, slot = thread.clock, thread.agent
         for word in range(first, first + num_words):
             writer = self._writer[word]
             if writer < 0:
@@ -72,7 +89,7 @@ class SharedMemory:
         """Note a thread's write; returns the first word's index."""
         self._require_inside(address, 4 * num_words, 4 * num_words)
         first = address >> 2
-        clock, slot = thread.clock, thread.index
+        clock, slot = thread.clock, thread.agent
         for word in range(first, first + num_words):
             writer = self._writer[word]
             if writer == BARRIER:
@@ -102,7 +119,7 @@ class SharedMemory:
         if unordered.any():
             lane, i = np.argwhere(unordered)[0]
             self._race("read", threads[lane].describe(), line, words[lane, i], "write")
-        readers, slots = self._reader[words], np.array([[thread.index] for thread in threads])
+        readers, slots = self._reader[words], np.array([[thread.agent] for thread in threads])
         kept = (readers >= 0) & (readers != slots) & (clocks[lanes, readers] < self._read_epoch[words])
         for word in words[kept]:
             self._others.setdefault(int(word), {})[int(self._reader[word])] = (int(self._read_epoch[word]), int(self._read_line[word]))
@@ -116,7 +133,7 @@ class SharedMemory:
 
     def async_read(self, thread: Any, agent: int, epoch: int, rows: np.ndarray, line: int) -> None:
         """Note that `agent`, on behalf of `thread`, reads rows of 16 bytes at any time until its `epoch`."""
-        words = (rows[:, None] * 4 + np.arange(4)).reshape(-1)
+        words = words_of(rows)
         self._require_data(words)
         writers = self._writer[words]
         known = np.where(self._by_async[words], thread.clock[writers], thread.fenced[writers])
@@ -132,14 +149,15 @@ class SharedMemory:
         epochs, lines = self._agents[agent]
         epochs[words], lines[words] = epoch, line
 
-    def async_write(self, thread: Any, agent: int, epoch: int, rows: np.ndarray, line: int) -> None:
-        """Note that `agent`, on behalf of `thread`, writes rows of 16 bytes at any time until its `epoch`."""
-        words = (rows[:, None] * 4 + np.arange(4)).reshape(-1)
+    def async_write(self, thread: Any, agent: int, epoch: int, words: np.ndarray, line: int, *, async_proxy: bool = True) -> None:
+        """Note that `agent`, on behalf of `thread`, writes words at any time until its `epoch`; by the async proxy, or as threads do."""
         who = self._agent(agent, thread)
         writers = self._writer[words]
         if (writers == BARRIER).any():
             self._no_data(words[np.argmax(writers == BARRIER)])
-        known = np.where(self._by_async[words], thread.clock[writers], thread.fenced[writers])
+        known = thread.clock[writers]
+        if async_proxy:
+            known = np.where(self._by_async[words], known, thread.fenced[writers])
         unordered = (writers >= 0) & (known < self._write_epoch[words])
         if unordered.any():
             self._race("write", who, line, words[np.argmax(unordered)], "write")
@@ -155,7 +173,7 @@ class SharedMemory:
             for word in self._others.keys() & set(words.tolist()):
                 self._check_others(who, line, word, thread.clock)
         self._writer[words], self._write_epoch[words], self._write_line[words] = agent, epoch, line
-        self._by_async[words] = True
+        self._by_async[words] = async_proxy
         self._reader[words] = NOBODY
 
     def hold_barrier(self, address: int, held: bool) -> None:
@@ -257,11 +275,11 @@ class GlobalMemory:
                 raise Finding("race", f"{buffer.name} is read with ld.global.nc at {self._lines.text(line)}, but kernels write to it")
             words = slice(offset >> 2, (offset + num_bytes + 3) >> 2)
             self._require_ordered(thread, buffer, buffer.written[words], offset, line, "read", "writes")
-            buffer.last_read[words] = (thread.block.uid, thread.index, thread.clock[thread.index], line)
+            buffer.last_read[words] = (thread.block.cluster.uid, thread.agent, thread.clock[thread.agent], line)
         return buffer.data[offset:offset + num_bytes]
 
-    def write(self, thread: Any, address: int, value: np.ndarray, line: int) -> None:
-        """A thread's write of aligned bytes."""
+    def write(self, thread: Any, address: int, value: np.ndarray, line: int, by: tuple[int, int] | None = None) -> None:
+        """A thread's write of aligned bytes; `by`: the agent that writes on its behalf, and the agent's epoch."""
         num_bytes = value.nbytes
         buffer, offset = self.find(address, num_bytes, num_bytes)
         if buffer.written is None:
@@ -269,7 +287,7 @@ class GlobalMemory:
         words = slice(offset >> 2, (offset + num_bytes + 3) >> 2)
         self._require_ordered(thread, buffer, buffer.written[words], offset, line, "write", "writes", needs_data=False)
         self._require_ordered(thread, buffer, buffer.last_read[words], offset, line, "write", "reads", needs_data=False)
-        buffer.written[words] = (thread.block.uid, thread.index, thread.clock[thread.index], line)
+        buffer.written[words] = (thread.block.cluster.uid, *(by or (thread.agent, thread.clock[thread.agent])), line)
         buffer.last_read[words] = NOBODY
         buffer.data[offset:offset + num_bytes] = value.view(np.uint8)
 
@@ -289,5 +307,5 @@ class GlobalMemory:
                 raise Finding("uninitialised", f"{thread.describe()} reads {buffer.name} + {offset + 4 * i} at {self._lines.text(line)}, "
                               "and nobody has written it")
             if uid > 0 and not thread.has_seen(uid, agent, epoch):
-                raise Finding("race", f"{thread.describe()} {access}s {buffer.name} + {offset + 4 * i} at {self._lines.text(line)}; thread "
-                              f"{agent} of block {uid} {earlier} it at {self._lines.text(earlier_line)}, and nothing orders them")
+                raise Finding("race", f"{thread.describe()} {access}s {buffer.name} + {offset + 4 * i} at {self._lines.text(line)}; agent "
+                              f"{agent} of cluster {uid} {earlier} it at {self._lines.text(earlier_line)}, and nothing orders them")

@@ -8,7 +8,7 @@ from .findings import Finding
 from .pairs import PairFailure, Schedule, check
 
 _DECODE, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
-    f"kernels.hopper_{part}" for part in ("decode", "load", "products", "softmax", "store", "merge", "config"))
+    f"mla_numba.kernels.hopper_{part}" for part in ("decode", "load", "products", "softmax", "store", "merge", "config"))
 
 # One piece of five blocks with a tail; pieces of one worker; a job in two pieces; one in more, which the merge kernel joins.
 ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)

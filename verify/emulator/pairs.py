@@ -17,7 +17,7 @@ EMULATED = Dims("emulated", head_dims=((576, 512),), heads=((16, 1), (1, 1), (3,
                 page_sizes=(64, 64, 16, 32, 128, 8), edges=(64, 128, 192, 256), max_tokens=520, max_batch=4, max_seq_len_q=3, max_rows=130)
 DTYPES = ("bfloat16", "float16")
 # The merge kernel's other way, for jobs of many parts, with few.
-FEW_PARTS_2: Edits = {"kernels.hopper_merge": [("FEW_PARTS = 16", "FEW_PARTS = 2")]}
+FEW_PARTS_2: Edits = {"mla_numba.kernels.hopper_merge": [("FEW_PARTS = 16", "FEW_PARTS = 2")]}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from .findings import Finding
-from .machine import Machine, Thread
+from .machine import Block, Machine, Thread
+from .memory import words_of
 
 ELEMENT_BYTES = 2
 BOX_ROW_BYTES = 128
@@ -55,19 +56,15 @@ def smem_rows(address: int, num_bytes: int) -> np.ndarray:
     return ((addresses ^ (addresses >> 3 & 0x70)) >> 4).reshape(-1, 8)
 
 
-def load(machine: Machine, thread: Thread, tensor_map: TensorMap, coordinates: tuple[int, ...], address: int, barrier: Any,
+def load(machine: Machine, thread: Thread, tensor_map: TensorMap, coordinates: tuple[int, ...], block: Block, address: int, barrier: Any,
          line: int) -> None:
-    """Start a load; the bytes land in any order, each landing counted at the mbarrier."""
-    if address % BOX_ROW_BYTES:
-        raise Finding("misaligned", f"TMA to shared address {address:#x}, which is no multiple of {BOX_ROW_BYTES}")
+    """Start a load to a block's shared memory; the bytes land in any order, each landing counted at the block's mbarrier."""
     barrier.require_made(thread)
     if not barrier.known_to_async:
         raise Finding("barrier", f"TMA to {address:#x} behind an mbarrier whose initialisation no fence has made known to the async proxy")
-    smem = thread.block.smem
-    rows = smem_rows(address, tensor_map.box_bytes)
-    if rows.max() >= len(smem.rows):
-        raise Finding("out of bounds", f"TMA to shared address {address:#x} reaches past the block's {smem.num_bytes:#x} bytes")
-    smem.async_write(thread, barrier.agent, barrier.phase + 1, rows.reshape(-1), line)
+    smem = block.smem
+    rows = _box_rows(smem, address, tensor_map)
+    smem.async_write(thread, barrier.agent, barrier.phase + 1, words_of(rows), line)
     addresses, inside = tensor_map.places(coordinates)
 
     def land(begin: int, end: int) -> None:
@@ -78,6 +75,50 @@ def load(machine: Machine, thread: Thread, tensor_map: TensorMap, coordinates: t
     cuts = sorted({0, len(rows), *(machine.rng.randrange(len(rows)) for _ in range(pieces - 1))})
     for begin, end in zip(cuts, cuts[1:], strict=False):
         machine.later(lambda begin=begin, end=end: land(begin, end), (end - begin) * BOX_ROW_BYTES)
+
+
+def _box_rows(smem: Any, address: int, tensor_map: TensorMap) -> np.ndarray:
+    """Where a box lies in shared memory, as rows of 16 bytes."""
+    if address % BOX_ROW_BYTES:
+        raise Finding("misaligned", f"TMA at shared address {address:#x}, which is no multiple of {BOX_ROW_BYTES}")
+    rows = smem_rows(address, tensor_map.box_bytes)
+    if rows.max() >= len(smem.rows):
+        raise Finding("out of bounds", f"TMA at shared address {address:#x} reaches past the block's {smem.num_bytes:#x} bytes")
+    return rows
+
+
+class Store:
+    """A box on its way to global memory."""
+
+    def __init__(self, machine: Machine, thread: Thread, tensor_map: TensorMap, coordinates: tuple[int, ...], address: int, epoch: int,
+                 line: int):
+        self._machine, self._thread, self._epoch, self._line = machine, thread, epoch, line
+        self._written = False
+        self._smem = thread.block.smem
+        self._rows = _box_rows(self._smem, address, tensor_map)
+        self._smem.async_read(thread, thread.copy_agent, epoch, self._rows, line)
+        self._addresses, self._inside = tensor_map.places(coordinates)
+        self._elements: np.ndarray | None = None
+
+    def read(self) -> None:
+        """Read shared memory, now if not before."""
+        if self._elements is None:
+            self._elements = self._smem.rows[self._rows.reshape(-1)].reshape(-1, BOX_ROW_BYTES // ELEMENT_BYTES)
+
+    def write(self) -> None:
+        """The box is in global memory, and who waited for it knows."""
+        if self._written:
+            return
+        self.read()
+        self._written = True
+        for row in np.flatnonzero(self._inside.any(axis=1)):
+            columns = np.flatnonzero(self._inside[row])
+            values = self._elements[row, columns]
+            # Rows begin and end at multiples of 4 bytes, or a word would be two writers'.
+            words = np.ascontiguousarray(values).view(np.uint32)
+            for i, word in enumerate(words):
+                self._machine.memory.write(self._thread, int(self._addresses[row, columns[0]]) + 4 * i, np.array([word]), self._line,
+                                           (self._thread.copy_agent, self._epoch))
 
 
 def gather(machine: Machine, addresses: np.ndarray, inside: np.ndarray) -> np.ndarray:
