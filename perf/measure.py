@@ -320,7 +320,8 @@ def _fastest(run: Run, found: dict[str, Contender]) -> str:
 
 @contextlib.contextmanager
 def traced_launches(backend: str) -> Iterator[list[tuple[str, Any, Any]]]:
-    """(kernel's name, event before, event after) of what `backend` launches through `mla_numba.host.launch` inside the block."""
+    """(kernel's name, event before, event after) of what `backend` launches inside the block, by Numba or by the driver. The events
+    keep a kernel from starting before the one ahead of it has ended."""
     from numba import cuda
 
     from mla_numba.host import launch
@@ -328,25 +329,31 @@ def traced_launches(backend: str) -> Iterator[list[tuple[str, Any, Any]]]:
     configured = launch.configured
     launches: list[tuple[str, Any, Any]] = []
 
-    def traced(kernel: Any, *configuration: Any) -> Callable[..., None]:
-        def run(*arguments: Any) -> None:
-            begin, end = cuda.event(), cuda.event()
-            begin.record()
-            configured(kernel, *configuration)(*arguments)
-            end.record()
-            launches.append((kernel.py_func.__name__, begin, end))
+    def timed(name: str, call: Call) -> None:
+        begin, end = cuda.event(), cuda.event()
+        begin.record()
+        call()
+        end.record()
+        launches.append((name, begin, end))
 
-        return run
+    def traced(kernel: Any, *configuration: Any) -> Callable[..., None]:
+        return lambda *arguments: timed(kernel.py_func.__name__, lambda: configured(kernel, *configuration)(*arguments))
 
     with contextlib.ExitStack() as stack:
         for module in (launch, backend_module(backend)):
             if hasattr(module, "configured"):
                 stack.enter_context(mock.patch.object(module, "configured", traced))
+        if backend == "hopper":
+            from mla_numba.host.gpu import Gpu
+
+            launched = Gpu.launch
+            stack.enter_context(mock.patch.object(Gpu, "launch", lambda gpu, spec, *arguments: timed(
+                spec.name, lambda: launched(gpu, spec, *arguments))))
         yield launches
 
 
 def _parts(run: Run, unplanned: Contender | None, lead_us: float) -> dict[str, float]:
-    """Medians of our kernels' own times, by events around each; none where the backend launches in another way."""
+    """Medians of our kernels' own times, by events around each."""
     if unplanned is None:
         return {}
     times: dict[str, list[float]] = {}

@@ -17,12 +17,13 @@ from verify import runner
 from verify.cases import MLACase
 from verify.properties import PROPERTIES
 from verify.strategies import DIMS
-from verify.targets import ARRAY_KINDS, Target, external, ours
+from verify.targets import ARRAY_KINDS, Target, emulated, external, ours
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m verify", description=__doc__)
     parser.add_argument("--backend", action="append", metavar="NAME", help="a backend of ours (default: all that run here); repeatable")
+    parser.add_argument("--emulated", action="store_true", help="the Hopper kernels in the emulator (docs/emulator.md); needs no GPU")
     parser.add_argument("--target", action="append", metavar="PKG.MODULE:CALLABLE", help="another implementation; repeatable")
     parser.add_argument("--profile", choices=runner.PROFILES, default="default", help="how many cases (default: %(default)s)")
     parser.add_argument("--property", action="append", metavar="NAME", help=f"one of {', '.join(PROPERTIES)}; repeatable")
@@ -39,6 +40,8 @@ def find_targets(options: argparse.Namespace, console: Console) -> list[Target]:
     """What was asked for; without a word, every backend of ours that runs here."""
     targets = [external(path, arrays=options.arrays or "numpy", empty_lse=math.inf if options.empty_lse == "+inf" else -math.inf)
                for path in options.target or ()]
+    if options.emulated:
+        targets.append(emulated(options.seed))
     if options.backend or not targets:
         from mla_numba.contract import BACKENDS
         from mla_numba.dispatch import unavailable

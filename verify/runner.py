@@ -25,9 +25,9 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile({"small": 40, "tiny": 3, "deepseek": 8, "long": 0}, 20),
-    "default": Profile({"small": 100, "tiny": 20, "deepseek": 20, "long": 2}, 60),
-    "deep": Profile({"small": 3000, "tiny": 300, "deepseek": 1000, "long": 100}, 300),
+    "quick": Profile({"small": 40, "tiny": 3, "deepseek": 8, "long": 0, "emulated": 1}, 20),
+    "default": Profile({"small": 100, "tiny": 20, "deepseek": 20, "long": 2, "emulated": 5}, 60),
+    "deep": Profile({"small": 3000, "tiny": 300, "deepseek": 1000, "long": 100, "emulated": 100}, 300),
 }
 # The first property's cases are one call each, and the most telling.
 WEIGHT = {"equals_float64": 3}

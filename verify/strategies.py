@@ -38,7 +38,10 @@ DEEPSEEK = Dims("deepseek", head_dims=((576, 512),),
 # Several pieces of every kind of split; the oracle takes seconds.
 LONG = Dims("long", head_dims=((576, 512),), heads=((16, 1), (64, 1), (128, 1), (16, 2)), page_sizes=(64, 64, 256, 16),
             edges=(1024, 2048, 4096, 8192), max_tokens=9000, max_batch=4, max_seq_len_q=2, max_rows=128)
-DIMS = {dims.name: dims for dims in (SMALL, TINY, DEEPSEEK, LONG)}
+# For the emulator of the Hopper kernels: DeepSeek's dims and real pages, but a few blocks of tokens, a second or two.
+EMULATED = Dims("emulated", head_dims=((576, 512),), heads=((16, 1), (1, 1), (3, 1), (64, 1), (66, 1), (128, 1), (8, 2), (12, 4)),
+                page_sizes=(64, 64, 16, 32, 128, 8), edges=(64, 128, 192, 256), max_tokens=520, max_batch=4, max_seq_len_q=3, max_rows=130)
+DIMS = {dims.name: dims for dims in (SMALL, TINY, DEEPSEEK, LONG, EMULATED)}
 
 
 def lengths(dims: Dims, page_size: int, most: int) -> st.SearchStrategy[int]:

@@ -7,6 +7,7 @@ What a target can do beyond that signature are its `knobs`; a property that need
 """
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,6 +147,28 @@ def ours(backend: str, *, arrays: str | None = None) -> Target:
         dims = ("tiny",)
     return Target(backend, decode, dims, KNOBS, plan, merge, arrays, python=f"verify.targets.ours({backend!r}, arrays={arrays!r})",
                   options=f"--backend {backend} --arrays {arrays}")
+
+
+def emulated(seed: int = 0) -> Target:
+    """The Hopper kernels in the emulator, every call on another schedule. It has no merge_states: that is simt's."""
+    from mla_numba import validate
+    from mla_numba.arrays import view
+    from mla_numba.host.schedule import Schedule
+    from verify.emulator import device
+
+    seeds = itertools.count(seed)
+
+    def decode(*arguments: Any, **knobs: Any) -> tuple[np.ndarray, np.ndarray]:
+        return device.decode(*arguments, **knobs, device=device.EmulatedGpu(next(seeds)))
+
+    def plan(inputs: Inputs, num_workers: int, batch_invariant: bool = False) -> Schedule:
+        offsets = None if inputs.cu_seqlens_q is None else view(inputs.cu_seqlens_q, "cu_seqlens_q")
+        arrays = (inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens)
+        views = [view(array, name) for array, name in zip(arrays, ("q", "kv_cache", "block_table", "seq_lens"), strict=True)]
+        shape = validate.decode_shape(*views, offsets, inputs.head_dim_v, inputs.causal, batch_invariant)
+        return device.make_schedule(shape, inputs.seq_lens, inputs.cu_seqlens_q, 2, num_workers=num_workers)
+
+    return Target("emulated", decode, ("emulated",), KNOBS - {MERGE}, plan, python=f"verify.targets.emulated({seed})", options="--emulated")
 
 
 def simulator() -> bool:

@@ -12,11 +12,14 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no Hopper kernels to take them from", allow_module_level=True)
 
+from verify import runner  # noqa: E402
 from verify.cases import MLACase  # noqa: E402
 from verify.checks import assert_same_results  # noqa: E402
 from verify.emulator.device import decode  # noqa: E402
 from verify.emulator.mutants import MANY, MUTANTS, ONE, PAIR, SEVERAL, Mutant  # noqa: E402
 from verify.emulator.pairs import PairFailure, Schedule, check, pairs  # noqa: E402
+from verify.properties import PROPERTIES, Property  # noqa: E402
+from verify.targets import emulated  # noqa: E402
 
 # 200 pairs, in parts that test processes can share out.
 PARTS, PAIRS_PER_PART = 8, 25
@@ -40,6 +43,13 @@ def test_pairs_run_clean(part: int) -> None:
 
     run()
     assert ran >= PAIRS_PER_PART
+
+
+@pytest.mark.parametrize("prop", [pytest.param(prop, id=name) for name, prop in PROPERTIES.items()])
+def test_property_holds(prop: Property) -> None:
+    """What the suite asks of every backend, each call on a schedule of its own."""
+    result = runner.run_property(emulated(), prop, "emulated", examples=runner.PROFILES["quick"].examples["emulated"], seed=0)
+    assert result.status in ("passed", "not applicable"), result.message
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(mutant, id=mutant.name.replace(" ", "-")) for mutant in MUTANTS])

@@ -1,4 +1,8 @@
-"""The producer of `hopper_decode`: one warp that walks the worker's pieces and keeps both K buffers as full as their readers allow."""
+"""The producer of `hopper_decode`: one warp that walks the worker's pieces and keeps both K buffers as full as their readers allow.
+
+All lanes look up pages, 32 at a time, and wait; lane 0 loads, but not before all lanes have seen the phase that they wait for: one that
+came late would find the phase after it, and wait for ever.
+"""
 
 from collections import namedtuple
 from collections.abc import Callable
@@ -90,6 +94,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         """Wait until the last reader of these tiles is done with their former use, then fill them."""
         # 4 warps of warpgroup `side` arrived; phase `use` - 1, so that the first use does not wait.
         ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (use & u32(1)) ^ u32(1))
+        cuda.syncwarp()
         if lane == 0:
             for tile in range(tile_begin, tile_end):
                 full = base + u32(FULL_SMEM + (buffer * NUM_TILES + tile) * 8)
@@ -106,6 +111,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         parity = u32(piece) & u32(1)
         # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
+        cuda.syncwarp()
         if lane == 0:
             if num_blocks > 0:
                 for tile in range(NUM_TILES):
@@ -191,9 +197,10 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                 block = stop
                 more = block < end_block
             block, split = i32(0), i32(0)
-        # 8 consumer warps arrived, done with the last piece.
         parity = u32(piece) & u32(1)
+        # 8 consumer warps arrived, done with the last piece.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
+        cuda.syncwarp()
         if lane == 0:
             ptx.st_shared_i32(base + u32(PIECE_SMEM + PIECE_NUM_BLOCKS) + parity * u32(PIECE_BYTES), i32(END_OF_WORK))
             ptx.mbarrier_arrive(base + u32(Q_FULL_SMEM))

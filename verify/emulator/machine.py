@@ -25,6 +25,8 @@ REGISTERS_PER_SM = 65536
 SMEM_LIMIT = 227 * 1024
 # A thread may be preempted after so many accesses to memory.
 FUSE = 40
+# The slow ones are among the first so many warps of a block.
+SLOWEST_WARP = 12
 MAX_IDLE_POLLS = 20_000
 
 
@@ -219,7 +221,11 @@ class Machine:
         self._resident: list[Block] = []
         self.event_rate = self.rng.choice((0.002, 0.02, 0.2, 0.7)) if hostile else 0.0
         self.max_resident = self.rng.choice((1, 2, 4, 1000)) if hostile else 1000
-        self._starved = self.rng.sample(range(MAX_WARPS), self.rng.choice((0, 0, 1, 4))) if hostile else ()
+        # Threads, by their number in a block, that get a turn only when nobody else is ready: whole warps, and some lanes of others.
+        warps = self.rng.sample(range(SLOWEST_WARP), 3)
+        whole, some = self.rng.choice(((0, 0), (1, 0), (2, 0), (0, 1), (0, 1), (1, 1)))
+        self._slow = {WARP * warp + lane for warp in warps[:whole] for lane in range(WARP)}
+        self._slow |= {WARP * warp + lane for warp in warps[2:2 + some] for lane in self.rng.sample(range(WARP), 8)}
         self.steps = 0
         self.idle_polls = 0
 
@@ -364,8 +370,9 @@ class Machine:
         if self.timing is not None:
             return ready.pop(min(range(len(ready)), key=lambda i: ready[i].warp.now))
         i = int(self.rng.random() * len(ready))
-        if ready[i].warp.index in self._starved and self.rng.random() < 0.95:
-            i = int(self.rng.random() * len(ready))
+        if self._slow and ready[i].index in self._slow:
+            others = [i for i, thread in enumerate(ready) if thread.index not in self._slow]
+            i = self.rng.choice(others) if others else i
         ready[i], ready[-1] = ready[-1], ready[i]
         return ready.pop()
 

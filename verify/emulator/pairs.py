@@ -6,15 +6,12 @@ from hypothesis import strategies as st
 
 from verify.cases import MLACase
 from verify.checks import assert_within
-from verify.strategies import Dims, mla_cases
+from verify.strategies import EMULATED, mla_cases
 
 from .device import EmulatedGpu, decode
 from .findings import Finding
 from .language import Edits
 
-# DeepSeek's dims and real pages, a few blocks of tokens: a pair takes a second or two.
-EMULATED = Dims("emulated", head_dims=((576, 512),), heads=((16, 1), (1, 1), (3, 1), (64, 1), (66, 1), (128, 1), (8, 2), (12, 4)),
-                page_sizes=(64, 64, 16, 32, 128, 8), edges=(64, 128, 192, 256), max_tokens=520, max_batch=4, max_seq_len_q=3, max_rows=130)
 DTYPES = ("bfloat16", "float16")
 # The merge kernel's other way, for jobs of many parts, with few.
 FEW_PARTS_2: Edits = {"mla_numba.kernels.hopper_merge": [("FEW_PARTS = 16", "FEW_PARTS = 2")]}
