@@ -8,9 +8,11 @@ import numpy as np
 
 from .arrays import ArrayView
 from .config import DecodeShape
-from .contract import DTYPES, EMPTY_LSE
+from .contract import DTYPES, EMPTY_LSE, LOG2_E
 
 _INT32_MAX = 2**31 - 1
+# Kernels multiply by scale * log2(e), in float32.
+_SOFTMAX_SCALE_MAX = float(np.finfo(np.float32).max) / LOG2_E
 
 
 def require_flag(value: Any, name: str) -> bool:
@@ -44,9 +46,13 @@ def softmax_scale_or_default(value: Any, head_dim_qk: int) -> float:
         return float(head_dim_qk) ** -0.5
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"softmax_scale must be a real number or None, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"softmax_scale must be finite and not negative, got {value!r}")
-    return float(value)
+    try:
+        scale = float(value)
+    except OverflowError:
+        scale = math.inf
+    if not 0 <= scale <= _SOFTMAX_SCALE_MAX:
+        raise ValueError(f"softmax_scale must be finite and not negative, got {value!r} (a float32, also times log2(e))")
+    return scale
 
 
 def require_ndim(array: ArrayView, ndim: int, axes: str) -> None:
@@ -92,8 +98,12 @@ def require_output(array: ArrayView, shape: tuple[int, ...], dtype: str, axes: s
     require_whole_elements(array)
     if not array.writable:
         raise ValueError(f"{array.name} is read-only, but the result is to be written to it")
-    if any(n > 1 and stride == 0 for n, stride in zip(array.shape, array.strides, strict=True)):
-        raise ValueError(f"{array.name} has strides {array.strides} for shape {array.shape}: elements share memory, but each needs its own")
+    extent = array.itemsize
+    for stride, n in sorted((abs(stride), n) for n, stride in zip(array.shape, array.strides, strict=True) if n > 1):
+        if stride < extent and array.size > 0:
+            raise ValueError(f"{array.name} has strides {array.strides} for shape {array.shape}: elements share memory or interleave, but "
+                             "each axis must step over all that lies inside it")
+        extent += (n - 1) * stride
 
 
 def require_no_overlap(written: ArrayView, arrays: Sequence[ArrayView]) -> None:
