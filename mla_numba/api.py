@@ -1,6 +1,6 @@
 """The public calls: validate, plan, allocate, launch. The only place where all parts meet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ from .config import DecodeShape
 from .contract import DTYPES, HEAD_DIM_QK, HEAD_DIM_V
 from .dispatch import backend_module, choose_backend
 from .errors import StalePlanError
+from .host.launch import numba_stream
 from .host.schedule import Schedule, make_host_schedule
 from .scheduler import JOB_REQUEST, JOB_SEQ_LEN
 
@@ -76,6 +77,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
     validate.require_ndim(lens, 1, "(batch,)")
     validate.require_dtype(lens, ("int32",))
     validate.require_whole_elements(lens)
+    stream_int = stream_handle(stream, lens)
     batch = lens.shape[0]
     num_heads_q = validate.require_count(num_heads_q, "num_heads_q")
     num_heads_kv = validate.require_count(num_heads_kv, "num_heads_kv")
@@ -92,7 +94,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
         validate.require_cu_seqlens_shape(cu_seqlens, batch)
         validate.require_same_place([lens, cu_seqlens])
         seq_len_q = 0
-        total_q = validate.require_count(int(to_host(cu_seqlens)[-1]) if total_q is None else total_q, "total_q", least=0)
+        total_q = validate.require_count(int(to_host(cu_seqlens, stream_int)[-1]) if total_q is None else total_q, "total_q", least=0)
     shape = DecodeShape(batch, seq_len_q, total_q, num_heads_q, num_heads_kv, head_dim_qk, head_dim_v,
                         validate.require_count(page_size, "page_size"), validate.require_choice(dtype, "dtype", DTYPES),
                         validate.require_flag(causal, "causal"), validate.require_flag(batch_invariant, "batch_invariant"))
@@ -100,7 +102,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
         num_workers = validate.require_count(num_workers, "num_workers")
     name = choose_backend(backend, shape, lens.device)
     with on_device(lens.device):
-        return make_plan(name, shape, lens, cu_seqlens, stream_handle(stream, lens), num_workers=num_workers)
+        return make_plan(name, shape, lens, cu_seqlens, stream_int, num_workers=num_workers)
 
 
 def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_dim_v: int = HEAD_DIM_V,
@@ -170,13 +172,15 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     scale = validate.softmax_scale_or_default(softmax_scale, shape.head_dim_qk)
     empty = validate.require_empty_lse(empty_lse)
     check_values = validate.require_flag(check_values, "check_values")
+    stream_int = stream_handle(stream, q_view)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan from plan_decode, got {type(plan).__name__}")
     name = choose_backend(backend if plan is None or backend != "auto" else plan.backend, shape, q_view.device, kv_view)
     if plan is not None:
         _require_fitting(plan, name, shape, q_view)
     if check_values:
-        _check_values(plan, shape, kv_view, table_view, lens_view, cu_view)
+        with on_device(q_view.device):
+            _check_values(plan, shape, kv_view, table_view, lens_view, cu_view, stream_int)
 
     tokens = "total_q" if shape.ragged else "seq_len_q"
     batch = "" if shape.ragged else "batch, "
@@ -188,7 +192,6 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         return _owner(out_view), _owner(lse_view)
 
     with on_device(q_view.device):
-        stream_int = stream_handle(stream, q_view)
         if plan is None:
             plan = make_plan(name, shape, lens_view, cu_view, stream_int)
         if shape.ragged:
@@ -227,6 +230,8 @@ def merge_states(states: Sequence[tuple[Any, Any]], *, empty_lse: str = "+inf", 
     ValueError, TypeError
         `states` is empty, or an array breaks a rule; the message names it.
     """
+    if not isinstance(states, Iterable):
+        raise TypeError(f"states must be a sequence of (out, lse), got {type(states).__name__}")
     pairs = list(states)
     if not pairs:
         raise ValueError("states is empty, but must hold at least one (out, lse)")
@@ -334,9 +339,9 @@ def _require_fitting(plan: Plan, backend: str, shape: DecodeShape, q: ArrayView)
 
 
 def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, block_table: ArrayView, seq_lens: ArrayView,
-                  cu_seqlens_q: ArrayView | None) -> None:
-    lens, table = to_host(seq_lens), to_host(block_table)
-    offsets = None if cu_seqlens_q is None else to_host(cu_seqlens_q)
+                  cu_seqlens_q: ArrayView | None, stream: int) -> None:
+    lens, table = to_host(seq_lens, stream), to_host(block_table, stream)
+    offsets = None if cu_seqlens_q is None else to_host(cu_seqlens_q, stream)
     validate.require_seq_len_values(lens, table.shape[1] * shape.page_size)
     validate.require_page_ids(table, lens, shape.page_size, kv_cache.shape[0])
     if offsets is not None:
@@ -344,7 +349,7 @@ def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, bl
     if plan is None:
         return
     jobs = plan.schedule.jobs
-    planned = jobs.copy_to_host() if hasattr(jobs, "copy_to_host") else jobs
+    planned = jobs.copy_to_host(stream=numba_stream(stream)) if hasattr(jobs, "copy_to_host") else jobs
     now = make_host_schedule(plan.schedule.config, shape, lens, offsets).jobs
     stale = np.flatnonzero((planned != now).any(axis=1))
     if len(stale):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
+from .host.launch import numba_stream
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,27 @@ def view(array: Any, name: str) -> ArrayView:
     TypeError
         It is not an array that this library can read. (What its elements must be is a rule of `validate`.)
     """
-    library = type(array).__module__.partition(".")[0]
     if isinstance(array, np.ndarray):
         return ArrayView(name, "numpy", str(array.dtype), array.itemsize, array.shape, array.strides, array.ctypes.data, None,
                          array.flags.writeable, array)
-    if library == "torch":
-        return _view_torch(array, name)
-    if library == "cupy":
-        return ArrayView(name, "cupy", str(array.dtype), array.itemsize, array.shape, array.strides, array.data.ptr, array.device.id,
-                         True, array)
-    if library.startswith("numba"):
-        return _view_numba(array, name)
+    # Subclasses too, wherever they were written.
+    for library in (base.__module__.partition(".")[0] for base in type(array).__mro__):
+        if library == "torch":
+            return _view_torch(array, name)
+        if library == "cupy":
+            return ArrayView(name, "cupy", str(array.dtype), array.itemsize, array.shape, array.strides, array.data.ptr, array.device.id,
+                             True, array)
+        if library.startswith("numba"):
+            return _view_numba(array, name)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return _view_dlpack(array, name)
-    raise TypeError(f"{name} must be an array (NumPy, CuPy, torch, Numba device array, or anything with __dlpack__), "
-                    f"got {type(array).__name__}")
+    if hasattr(array, "__cuda_array_interface__"):
+        from numba import cuda
+
+        # What comes back is Numba's, and has the interface too.
+        return _view_numba(cuda.as_cuda_array(array), name)
+    raise TypeError(f"{name} must be an array (NumPy, CuPy, torch, Numba device array, or anything with __dlpack__ or "
+                    f"__cuda_array_interface__), got {type(array).__name__}")
 
 
 def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
@@ -111,6 +118,9 @@ def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
         return cuda.device_array(shape, STORAGE_DTYPE[dtype])
     if like.kind == "dlpack":
         array = like.owner[0]
+        if not hasattr(array, "__array_namespace__"):
+            raise TypeError(f"{like.name} is of {type(array).__name__}, which has no __array_namespace__ to make a result with: "
+                            "give out= and lse=")
         result = array.__array_namespace__().empty(shape, dtype=NUMPY_DTYPE[dtype], device=array.device)
         # Libraries that compute lazily, as JAX does, must have made the memory before a kernel writes to it.
         getattr(result, "block_until_ready", lambda: None)()
@@ -133,9 +143,16 @@ def table_like_kind(table: Any, like: ArrayView) -> Any:
     return table.copy_to_host() if hasattr(table, "copy_to_host") else table
 
 
-def to_host(array_view: ArrayView) -> np.ndarray:
-    """The elements in host memory; from a device this copies, and waits for it."""
-    return array_view.storage() if array_view.device is None else array_view.device_storage().copy_to_host()
+def to_host(array_view: ArrayView, stream: int) -> np.ndarray:
+    """The elements in host memory; from a device this copies them after what is on `stream`, and waits for it."""
+    if array_view.device is None:
+        return array_view.storage()
+    # Numba copies forwards only.
+    low = sum(max(n - 1, 0) * min(stride, 0) for n, stride in zip(array_view.shape, array_view.strides, strict=True))
+    forwards = replace(array_view, pointer=array_view.pointer + low, strides=tuple(map(abs, array_view.strides)))
+    with on_device(array_view.device):
+        copied = forwards.device_storage().copy_to_host(stream=numba_stream(stream))
+    return copied[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in array_view.strides)]
 
 
 def stream_handle(stream: Any, like: ArrayView) -> int:
@@ -153,8 +170,10 @@ def stream_handle(stream: Any, like: ArrayView) -> int:
 
             return int(cupy.cuda.get_current_stream(like.device).ptr)
         return 0
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        return stream
+    if isinstance(stream, int | np.integer) and not isinstance(stream, bool):
+        if stream < 0:
+            raise ValueError(f"stream must be a handle from 0, got {stream}")
+        return int(stream)
     if hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
         return int((protocol() if callable(protocol) else protocol)[1])
@@ -218,7 +237,10 @@ def _view_dlpack(array: Any, name: str) -> ArrayView:
     if device_type not in (_DLPACK_CPU, _DLPACK_CUDA):
         raise TypeError(f"{name} is on DLPack device type {int(device_type)}, but must be on the CPU (1) or a CUDA device (2)")
     # The producer must order its work before what the default stream does next: 1 is that stream in DLPack's terms.
-    capsule = array.__dlpack__(stream=1) if device_type == _DLPACK_CUDA else array.__dlpack__()
+    try:
+        capsule = array.__dlpack__(stream=1) if device_type == _DLPACK_CUDA else array.__dlpack__()
+    except BufferError as error:
+        raise TypeError(f"{name} does not let its memory be seen through DLPack: {error}") from error
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))

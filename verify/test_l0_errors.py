@@ -108,6 +108,7 @@ _DECODE = [
     _case("lse-dtype", TypeError, "lse has dtype float64, but must be float32", lse=_zeros(_LSE)),
     _case("lse-read-only", ValueError, "lse is read-only", lse=_read_only(_LSE, np.float32)),
     _case("stream-string", TypeError, "stream must be an integer handle or a CUDA stream object, got str", stream="default"),
+    _case("stream-negative", ValueError, "stream must be a handle from 0, got -1", stream=-1),
     _case("cu-seqlens-with-4d-q", ValueError, "q has 4 dimensions.* needs 3.*cu_seqlens_q", cu_seqlens_q=_zeros(3, np.int32)),
 ]
 _RAGGED = [
@@ -236,7 +237,8 @@ def _state(shape=_OUT, lse_shape=_LSE, dtype=_BF16):
 
 
 _MERGE = [
-    pytest.param(ValueError, "states is empty", [], id="none"),
+    pytest.param(TypeError, "states must be a sequence of .* got NoneType", None, id="none"),
+    pytest.param(ValueError, "states is empty", [], id="empty"),
     pytest.param(TypeError, r"states\[0\] must be a pair", [np.zeros(3)], id="not-pairs"),
     pytest.param(TypeError, r"states\[1\]\[0\] has dtype float16, but must be bfloat16", [_state(), _state(dtype=np.float16)], id="dtypes"),
     pytest.param(ValueError, r"states\[1\]\[0\] has shape", [_state(), _state((1, 2, 4, 16))], id="shapes"),

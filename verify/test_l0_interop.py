@@ -1,13 +1,16 @@
 """Array interchange in host memory: what goes in comes out, of the same library, without copies of the cache."""
 
+import contextlib
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_numba import merge_states, mla_decode, plan_decode
+from mla_numba import arrays, merge_states, mla_decode, plan_decode
 
 pytestmark = pytest.mark.l0
 
@@ -86,6 +89,57 @@ def test_dlpack_alone():
     np.testing.assert_array_equal(results[1].memory, lse)
     merged, _ = merge_states([results, results], backend="cpu")
     np.testing.assert_allclose(merged.memory, out, rtol=1e-6)
+
+
+class _Nameless(_Array):
+    __array_namespace__ = property()
+
+
+def test_dlpack_without_an_array_namespace_needs_given_outputs():
+    inputs = _inputs()
+    wrapped = {name: _Nameless(array) for name, array in inputs.items()}
+    with pytest.raises(TypeError, match="q is of _Nameless, which has no __array_namespace__"):
+        mla_decode(**wrapped, **_OPTIONS)
+    given = _Nameless(np.empty((2, 2, 4, 16), np.float32)), _Nameless(np.empty((2, 4, 2), np.float32))
+    results = mla_decode(**wrapped, **_OPTIONS, out=given[0], lse=given[1])
+    assert results[0] is given[0] and results[1] is given[1]
+    np.testing.assert_array_equal(given[0].memory, mla_decode(**inputs, **_OPTIONS)[0])
+
+
+def test_dlpack_that_refuses_names_the_argument():
+    inputs = _inputs()
+    inputs["block_table"].flags.writeable = False
+    with pytest.raises(TypeError, match="block_table does not let its memory be seen through DLPack: "):
+        mla_decode(**{name: _Array(array) for name, array in inputs.items()}, **_OPTIONS)
+
+
+def test_subclasses_are_of_their_library():
+    tensor = type("Tensor", (), {"__module__": "torch", "device": types.SimpleNamespace(type="meta")})
+    with pytest.raises(TypeError, match="but must be on the CPU or a CUDA device"):
+        arrays.view(type("Mine", (tensor,), {})(), "q")
+
+
+class _DeviceMemory:
+    """What Numba's device arrays do in a copy to the host."""
+
+    def __init__(self, view):
+        self.host = view.storage()
+
+    def copy_to_host(self, stream):
+        assert stream == 7
+        if any(step < 0 for step in self.host.strides):
+            raise NotImplementedError
+        return self.host.copy()
+
+
+@pytest.mark.parametrize("array", [np.arange(24, dtype=np.int32).reshape(4, 6)[::-1, ::-2], np.zeros((0, 3), np.int32)[::-1],
+                                   np.arange(3, dtype=np.int32)], ids=["backwards", "empty", "forwards"])
+def test_values_of_device_arrays_of_any_strides_are_read_on_the_callers_stream(array, monkeypatch):
+    monkeypatch.setattr(arrays, "on_device", contextlib.nullcontext)
+    monkeypatch.setattr(arrays, "numba_stream", lambda stream: stream)
+    monkeypatch.setattr(arrays.ArrayView, "device_storage", lambda view: _DeviceMemory(view))
+    view = replace(arrays.view(array, "block_table"), device=0)
+    np.testing.assert_array_equal(arrays.to_host(view, 7), array)
 
 
 def test_mixed_libraries_are_refused():

@@ -81,9 +81,21 @@ def test_any_strides():
     strided = {name: cupy.repeat(array[::-1], 2, axis=0)[::-2] for name, array in arrays.items()}
     strided["kv_cache"] = cupy.ascontiguousarray(strided["kv_cache"].transpose(2, 1, 0, 3)[:, ::-1]).transpose(2, 1, 0, 3)[:, ::-1]
     given_out = cupy.empty((2, 3, 16, 520), out.dtype).transpose(1, 0, 2, 3)[..., :512]
-    results = mla_decode(**strided, out=given_out)
+    results = mla_decode(**strided, out=given_out, check_values=True)
     assert strided["q"].strides[0] < 0 and strided["kv_cache"].strides[1] < 0 and results[0] is given_out
     assert (given_out.astype(cupy.float32) == out.astype(cupy.float32)).all() and (results[1] == lse).all()
+
+
+def test_cuda_array_interface_alone():
+    class Foreign:
+        def __init__(self, array):
+            self.array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
+
+    into, back = _LIBRARIES["numba"]
+    results = mla_decode(**{name: Foreign(into(array)) for name, array in _inputs().items()}, check_values=True)
+    assert all(cuda.is_cuda_array(result) for result in results)
+    for got, expected in zip(results, mla_decode(**_inputs()), strict=True):
+        np.testing.assert_array_equal(back(got).view(np.uint8), expected.view(np.uint8))
 
 
 def test_flash_mla_as_its_readme_calls_it():
@@ -111,3 +123,15 @@ def test_callers_current_stream():
         out, _ = mla_decode(**{**tensors, "kv_cache": late})
         torch.cuda.current_stream().synchronize()
     assert (out == expected).all()
+
+
+def test_values_are_checked_on_the_callers_stream():
+    """As above, with lengths that are wrong until the stream gets to them."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {name: _to_torch(array) for name, array in _inputs().items()}
+    late = torch.full_like(tensors["seq_lens"], -1)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(tensors["seq_lens"])
+        mla_decode(**{**tensors, "seq_lens": late}, check_values=True)
