@@ -7,6 +7,7 @@ tensors do. Only dense decoding is here; the arguments of the sparse and FP8 ker
 Source: FlashMLA 9241ae3, flash_mla/flash_mla_interface.py; 1408756 and 414a2f3 for the older epochs.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from .dispatch import choose_backend
 
 # All that FlashMLA takes, and what its metadata calls do not tell.
 PAGE_SIZE = 64
+# What FlashMLA calls that which errors of `mla_decode` name.
+_NAMES = {"kv_cache": "k_cache", "seq_lens": "cache_seqlens", "plan_decode": "get_mla_metadata"}
 
 
 @dataclass
@@ -122,28 +125,34 @@ def flash_mla_with_kvcache(q: Any, k_cache: Any, block_table: Any, cache_seqlens
     """
     _refuse(is_fp8_kvcache=is_fp8_kvcache or None, indices=indices, attn_sink=attn_sink, extra_k_cache=extra_k_cache,
             extra_indices_in_kvcache=extra_indices_in_kvcache, topk_length=topk_length, extra_topk_length=extra_topk_length)
-    plan = None
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError("num_splits must be None beside a FlashMLASchedMeta, which holds its own")
-        if not tile_scheduler_metadata.have_initialized:
-            _fill(tile_scheduler_metadata, q, k_cache, block_table, cache_seqlens, head_dim_v, causal)
-        plan = tile_scheduler_metadata.plan
     elif num_splits is None:
         raise TypeError("tile_scheduler_metadata must be a FlashMLASchedMeta, or a tensor with num_splits beside it; "
                         f"got {type(tile_scheduler_metadata).__name__} and num_splits=None")
-    return mla_decode(q, k_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal, plan=plan)
+    plan = None
+    try:
+        if num_splits is None:
+            if not tile_scheduler_metadata.have_initialized:
+                _fill(tile_scheduler_metadata, q, k_cache, block_table, cache_seqlens, head_dim_v, causal)
+            plan = tile_scheduler_metadata.plan
+        return mla_decode(q, k_cache, block_table, cache_seqlens, head_dim_v=head_dim_v, softmax_scale=softmax_scale, causal=causal,
+                          plan=plan)
+    except (TypeError, ValueError) as error:
+        error.args = (re.sub(r"\w+", lambda word: _NAMES.get(word[0], word[0]), str(error)),)
+        raise
 
 
 def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, causal: bool) -> None:
-    shape = validate.decode_shape(view(q, "q"), view(k_cache, "k_cache"), view(block_table, "block_table"),
-                                  view(cache_seqlens, "cache_seqlens"), None, validate.require_count(head_dim_v, "head_dim_v"),
+    shape = validate.decode_shape(view(q, "q"), view(k_cache, "kv_cache"), view(block_table, "block_table"),
+                                  view(cache_seqlens, "seq_lens"), None, validate.require_count(head_dim_v, "head_dim_v"),
                                   validate.require_flag(causal, "causal"), False)
     meta.plan = plan_decode(cache_seqlens, num_heads_q=shape.num_heads_q, seq_len_q=shape.seq_len_q, num_heads_kv=shape.num_heads_kv,
                             page_size=shape.page_size, head_dim_qk=shape.head_dim_qk, head_dim_v=shape.head_dim_v, dtype=shape.dtype,
                             causal=causal)
     meta.config = shape
-    meta.tile_scheduler_metadata, meta.num_splits = _metadata(shape, view(cache_seqlens, "cache_seqlens"))
+    meta.tile_scheduler_metadata, meta.num_splits = _metadata(shape, view(cache_seqlens, "seq_lens"))
     meta.have_initialized = True
 
 

@@ -276,9 +276,11 @@ def test_flash_mla_metadata():
     metadata, _ = flash_mla.get_mla_metadata()
     _raises(ValueError, "num_splits must be None", decode, *arguments, metadata, np.zeros(3, np.int32))
     _raises(ValueError, "is_fp8_kvcache belongs to", decode, *arguments, metadata, is_fp8_kvcache=True)
-    _raises(ValueError, "k_cache has 3 dimensions", decode, call["q"], call["kv_cache"][0], *arguments[2:], metadata)
+    for epoch in (metadata, None), flash_mla.get_mla_metadata(call["seq_lens"], 8, 1):
+        _raises(ValueError, r"^k_cache has 3 dimensions", decode, call["q"], call["kv_cache"][0], *arguments[2:], *epoch)
+        _raises(TypeError, "^cache_seqlens has dtype int64", decode, *arguments[:3], np.zeros(2, np.int64), _DIM_V, *epoch)
     decode(*arguments, metadata)
-    _raises(StalePlanError, "plan was made for causal=False", decode, *arguments, metadata, causal=True)
+    _raises(StalePlanError, "plan was made for causal=False.* a new one with get_mla_metadata", decode, *arguments, metadata, causal=True)
     _raises(ValueError, "topk belongs to", flash_mla.get_mla_metadata, call["seq_lens"], 8, 1, 4, False, 64)
 
 
