@@ -85,22 +85,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--page-size", type=_count, default=64, help="tokens per page (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=lambda text: _integer(text, 0), default=0)
     return parser.parse_args(argv)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not least <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer from {least} to {2**31 - 1}")
     return value
 
 
+def _count(text: str) -> int:
+    return _integer(text, 1)
+
+
 def _lengths(text: str) -> list[int]:
-    lengths = [int(part) for part in text.split(",")]
-    if min(lengths) < 0:
-        raise argparse.ArgumentTypeError(f"{text} has a negative length")
-    return lengths
+    return [_integer(part, 0) for part in text.split(",")]
 
 
 def _require_tested_numpy() -> None:

@@ -99,11 +99,20 @@ def test_demo_says_so_when_the_result_is_wrong(capsys, monkeypatch):
 
 
 def test_demo_says_why_it_cannot_run(capsys, monkeypatch):
+    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name: [f"no {name} today"])
     assert demo.main([*SMALL, "--backend", "hopper"]) == 2
-    assert "backend='hopper' cannot run this call: hopper: " in capsys.readouterr().err
+    assert "backend='hopper' cannot run this call: hopper: no hopper today" in capsys.readouterr().err
     monkeypatch.setattr(np, "__version__", "2.5.1")
     assert demo.main(SMALL) == 2
     assert "NumPy is 2.5.1, but must be 2.2 to 2.4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--lens", "5,x"], ["--lens", "99999999999"], ["--lens", "5,-1"], ["--heads", "0"], ["--seed=-1"]],
+                         ids=" ".join)
+def test_demo_refuses_numbers_that_cannot_be(options, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(options)
+    assert re.search(r"argument --\w+: '.+' must be an integer from [01] to 2147483647", capsys.readouterr().err)
 
 
 def test_demo_lists_the_batches(capsys):
