@@ -5,7 +5,7 @@ block per SM. What a particular backend does differs in its tiles, not in kind.
 """
 
 import heapq
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,13 +218,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("case", nargs="?", help="name of a case of the grid; without it the options below make one")
     parser.add_argument("--batch", type=int, default=128, help="requests (default: %(default)s)")
     parser.add_argument("--len", type=int, default=4096, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--lens", type=lambda text: tuple(map(int, text.split(","))), help="lengths one by one: 100,2000,...")
+    parser.add_argument("--lens", type=_lengths, help="lengths one by one: 100,2000,...")
     parser.add_argument("--heads", type=int, default=128, help="query heads (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=1, help="query tokens of each request (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=1, help="KV heads (default: %(default)s)")
     parser.add_argument("--page-size", type=int, default=64, help="tokens of a page (default: %(default)s)")
     parser.add_argument("--dtype", choices=tuple(traffic.ITEMSIZE), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--results", metavar="FILE", help="a results file: also says where the measured time goes")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} must be integers with commas between them") from None
 
 
 def case_from(args: Namespace) -> Case:
@@ -237,6 +244,9 @@ def case_from(args: Namespace) -> Case:
     for option, count in counts.items():
         if count < 1:
             raise ValueError(f"{option} is {count}, but must be at least 1")
+    for length in seq_lens:
+        if not 0 <= length < 2**31:
+            raise ValueError(f"a request has {length} tokens, but must have from 0 to {2**31 - 1}")
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads is {args.heads}, but must be a multiple of --kv-heads, {args.kv_heads}")
     length = "mixed" if args.lens else args.len

@@ -17,7 +17,7 @@ Check = Callable[[Any, str], None]
 
 def _refuse(path: str, value: Any, need: str) -> None:
     text = repr(value)
-    raise ValueError(f"{path} is {text if len(text) < 60 else text[:57] + '...'}, but must be {need}")
+    raise ValueError(f"{path or 'the document'} is {text if len(text) < 60 else text[:57] + '...'}, but must be {need}")
 
 
 def _of(need: str, accepts: Callable[[Any], bool]) -> Check:

@@ -213,9 +213,10 @@ def test_a_killed_write_leaves_the_file_before_it(tmp_path, document, monkeypatc
 
 def test_load_says_which_file(tmp_path):
     path = tmp_path / "broken.json"
-    path.write_text('{"rows": [')
-    with pytest.raises(ValueError, match=r"broken\.json: "):
-        results.load(path)
+    for text, message in (('{"rows": [', ""), ("[1]", r"the document is \[1\], but must be an object")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"broken\.json: {message}"):
+            results.load(path)
 
 
 # Verdicts on samples whose truth is known.
@@ -373,7 +374,8 @@ def test_explain_takes_cases_of_the_grid():
 
 
 @pytest.mark.parametrize(("options", "message"), [(["--heads", "6", "--kv-heads", "4"], "--heads is 6"),
-                                                  (["--queries", "0"], "--queries is 0")])
+                                                  (["--queries", "0"], "--queries is 0"), (["--len", "-5"], "a request has -5 tokens"),
+                                                  (["--lens", "7,3000000000"], "a request has 3000000000 tokens")])
 def test_explain_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         explained(*options)

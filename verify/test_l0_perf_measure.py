@@ -435,10 +435,15 @@ def test_a_run_stops_between_cases_when_time_is_up(tmp_path, capsys):
     assert capsys.readouterr().out.count("not begun") == 2
 
 
-def test_command_line_lists_and_refuses(capsys):
+def test_command_line_lists_and_refuses(capsys, tmp_path):
     assert main(["--list", "--suite", "flashmla"]) == 0
     assert capsys.readouterr().out.count("tokens") == 16
     assert main(["--backend", "cpu", "--case", "nothing_like_it"]) == 2
     assert "no case" in capsys.readouterr().err
     assert main(["explain", "b1_q1_h128_k8192"]) == 0
     assert main(["compare", "/nowhere/a.json", "/nowhere/b.json"]) == 2
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["explain", "--lens", "a,b"])
+    assert "argument --lens: 'a,b' must be integers" in capsys.readouterr().err
