@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from perf import traffic
+from perf import datasheet, traffic
 from perf.results import Results, Row, limits
 
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -79,13 +79,18 @@ def _peer_cell(time: float | None, ours_us: float, with_time: bool) -> str:
 
 def legend(document: Results) -> list[str]:
     """What the columns mean, and against which ceilings."""
-    ceilings = document["ceilings"]
+    ceilings, sheet = document["ceilings"], datasheet.datasheet_of(document["device"]["name"])
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in ceilings.items() if value)
     backends = ", ".join(sorted({row["backend"] for row in document["rows"]})) or "none"
-    return [f"{document['date']}, commit {(document['commit'] or 'unknown')[:12]}; ours: {backends}",
-            "us: median of decode and merge, cold L2, planned before; ±: half of p10 to p90; ~: lengths differ, mean.",
-            "of limit: floor of the binding ceiling (memory, compute) / us. Peers: how many times as long as ours they take.",
-            f"ceilings measured in the same run: {measured or 'none'}"]
+    lines = [f"{document['date']}, commit {(document['commit'] or 'unknown')[:12]}; ours: {backends}",
+             "us: median of decode and merge, cold L2, planned before; ±: half of p10 to p90; ~: lengths differ, mean.",
+             "of limit: floor of the binding ceiling (memory, compute) / us. Peers: how many times as long as ours they take.",
+             f"ceilings measured in the same run: {measured or 'none'}"]
+    if sheet:
+        lines.append(f"datasheet of {sheet.name}: read gbs {sheet.read_gbs:.6g}, bf16 matmul tflops {sheet.tflops:.6g}")
+    if any(row["sol"] > 1 for row in document["rows"]):
+        lines.append("over 100% of a limit: the machine was slower while its ceilings were measured, so they are too low")
+    return lines
 
 
 def print_report(document: Results, console: Console) -> None:

@@ -327,6 +327,14 @@ def test_a_line_carries_its_verdict(document):
         "679 TFLOPS 86% of 790 | AI 235, ridge 178: compute-bound, 86% of the limit | 1.21x flashmla | err 2.1e-03 | cold L2")
 
 
+def test_legend_has_the_datasheet_beside_the_ceilings_and_doubts_what_passes_them(document):
+    text = "\n".join(report.legend(change(document, ("device", "name"), "NVIDIA H200")))
+    assert "read gbs 4437" in text and "datasheet of H200 SXM: read gbs 4800, bf16 matmul tflops 989.4" in text
+    assert "over 100%" not in text
+    text = "\n".join(report.legend(change(change(document, ("rows", 0, "sol"), 1.1), ("device", "name"), "AMD EPYC")))
+    assert "datasheet" not in text and "over 100% of a limit" in text
+
+
 def test_report_of_an_empty_run(document):
     assert "ceilings" in text_of(lambda console: report.print_report({**document, "rows": []}, console))
 
@@ -473,3 +481,11 @@ def test_stored_results_keep_the_schema():
     assert stored
     for path in stored:
         results.validate(results.load(path))
+
+
+def test_stored_results_say_where_they_were_measured():
+    for path in RESULTS.glob("h200_*.json"):
+        document = results.load(path)
+        device = document["device"]
+        assert document["commit"] and device["sms"] and device["driver"] and device["power_limit_w"]
+        assert all(device[when][name] for when in ("before", "after") for name in ("sm_mhz", "power_w"))
