@@ -122,7 +122,7 @@ def _list_batches() -> None:
 
 def _report_machine() -> None:
     print(f"mla_numba {__version__}: multi-head latent attention decode, in Numba\n")
-    _line("machine", f"{_cpu_name()}, {numba.config.NUMBA_NUM_THREADS} threads; Python {platform.python_version()}, {platform.system()}")
+    _line("machine", f"{cpu_name()}, {numba.config.NUMBA_NUM_THREADS} threads; Python {platform.python_version()}, {platform.system()}")
     _line("gpu", _gpu())
     packages = ("numba", "numba-cuda", "numpy", "ml_dtypes", "scipy")
     _line("versions", ", ".join(f"{package} {version(package)}" for package in packages))
@@ -134,7 +134,7 @@ def _line(label: str, text: str) -> None:
     print(textwrap.fill(text, 100, initial_indent=f"{label:10}", subsequent_indent=" " * 10))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             return next(line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name"))

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mla_numba.demo import cpu_name
+
 PACKAGES = ("numba", "numba-cuda", "llvmlite", "numpy", "ml_dtypes", "scipy", "torch", "cupy-cuda13x", "cupy-cuda12x", "triton",
             "cuda-bindings", "nvidia-nvvm")
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,14 +41,6 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def describe_cpu() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from verify import runner
 from verify.cases import MLACase
 from verify.properties import PROPERTIES
 from verify.strategies import DIMS
-from verify.targets import ARRAY_KINDS, Target, emulated, external, ours
+from verify.targets import ARRAY_KINDS, Target, emulated, external, ours, simulator
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -103,13 +103,25 @@ def summary(results: Sequence[runner.Result]) -> Table:
     return table
 
 
+def machine() -> str:
+    """The GPU, if there is one, and the CPU."""
+    from numba import cuda
+
+    from mla_numba.demo import cpu_name
+
+    return f"{cuda.get_current_device().name}, {cpu_name()}" if cuda.is_available() and not simulator() else cpu_name()
+
+
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
+        if options.json:
+            # Before hours of work, not after them.
+            options.json.touch()
         targets = find_targets(options, console)
         results = (replay if options.replay else run_suite)(options, targets, console)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2
     console.print(summary(results))
@@ -120,7 +132,8 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"{verdict}: {cases} cases, {refused} refused, profile {options.profile}, seed {options.seed}, "
                   f"{sum(result.seconds for result in results):.0f} s", style="bold green" if good else "bold red", highlight=False)
     if options.json:
-        about = {"profile": options.profile, "seed": options.seed, "python": platform.python_version(), "numpy": np.__version__}
+        about = {"profile": options.profile, "seed": options.seed, "machine": machine(), "python": platform.python_version(),
+                 "numpy": np.__version__}
         options.json.write_text(json.dumps(runner.as_json(results, **about), indent=1) + "\n")
     return 0 if good else 1
 

@@ -156,6 +156,17 @@ class MLACase:
         for name, choices in (("dtype", DTYPES), ("pages", PAGES), ("values", VALUES), ("layout", LAYOUTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        counts = self.seq_len_q, self.num_heads_q, self.num_heads_kv, self.head_dim_qk, self.head_dim_v, self.page_size
+        rules = {
+            f"seq_lens={self.seq_lens!r} must be a tuple of at least one integer":
+                isinstance(self.seq_lens, tuple) and self.seq_lens and all(isinstance(length, int) for length in self.seq_lens),
+            "seq_len_q, heads, head dims and page_size must be integers from 1": all(isinstance(n, int) and n >= 1 for n in counts),
+            "num_heads_q must be a multiple of num_heads_kv": self.num_heads_kv and self.num_heads_q % self.num_heads_kv == 0,
+            "head_dim_v must be at most head_dim_qk": self.head_dim_v <= self.head_dim_qk,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError("; ".join(broken))
         if self.q_lens is not None and len(self.q_lens) != len(self.seq_lens):
             raise ValueError(f"q_lens={self.q_lens} must have one entry for each of seq_lens={self.seq_lens}")
 

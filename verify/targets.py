@@ -108,6 +108,8 @@ def external(path: str, *, arrays: str = "numpy", dims: tuple[str, ...] = ("deep
     function = importlib.import_module(module)
     for part in name.split("."):
         function = getattr(function, part)
+    if not callable(function):
+        raise ValueError(f"--target {path!r} is {function!r}, but must be callable")
     return Target(path, function, dims, arrays=arrays, empty_lse=empty_lse,
                   options=f"--target {path} --arrays {arrays} --empty-lse={empty_lse:+}",
                   python=f"verify.targets.external({path!r}, arrays={arrays!r}, empty_lse=float('{empty_lse}'))")

@@ -73,7 +73,7 @@ def test_a_right_target_passes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     file = tmp_path / "results.json"
     assert verify("right", "--json", str(file)) == 0
     report = json.loads(file.read_text())
-    assert report["holds"] and report["seed"] == 0
+    assert report["holds"] and report["seed"] == 0 and report["machine"]
     by_name = {row["property"]: row for row in report["results"]}
     assert by_name.keys() == PROPERTIES.keys()
     assert by_name["equals_float64"]["status"] == "passed" and 0 < by_name["equals_float64"]["worst"] <= 1
@@ -119,6 +119,8 @@ def test_the_other_sentinel_can_be_asked_for() -> None:
     (["--target", "verify.test_l0_runner"], "must be of the form pkg.module:callable"),
     (["--target", "no_such_module:f"], "No module named 'no_such_module'"),
     (["--target", "verify.test_l0_runner:nobody"], "has no attribute 'nobody'"),
+    (["--target", "math:pi"], "is 3.14"),
+    (["--target", "verify.test_l0_runner:right", "--json", "/no/such/folder/file.json"], "No such file or directory"),
     (["--target", "verify.test_l0_runner:right", "--property", "nothing"], "--property nothing must be of"),
     (["--target", "verify.test_l0_runner:right", "--replay", "MLACase("], "is not a case like"),
     (["--backend", "tpu"], "tpu"),

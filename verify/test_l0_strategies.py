@@ -36,7 +36,9 @@ def test_repr_pastes_back(case: MLACase) -> None:
 
 
 @pytest.mark.parametrize("text", ["MLACase(", "MLACase(64)", "print(1)", "MLACase(seq_lens=(1,), page=3)", "MLACase(seq_lens=open('x'))",
-                                  "MLACase(seq_lens=(1,), values='odd')", "MLACase(seq_lens=(1,), q_lens=(1, 2))", ""])
+                                  "MLACase(seq_lens=(1,), values='odd')", "MLACase(seq_lens=(1,), q_lens=(1, 2))", "",
+                                  "MLACase(seq_lens=5)", "MLACase(seq_lens=())", "MLACase(seq_lens=(1,), page_size=0)",
+                                  "MLACase(seq_lens=(1,), num_heads_q=3, num_heads_kv=2)", "MLACase(seq_lens=(1,), head_dim_v=577)"])
 def test_what_is_not_a_case_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a case like"):
         MLACase.parse(text)
