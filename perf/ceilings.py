@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from perf.timer import CudaTimer, HostTimer, Timer, interleave, spread
+from perf.timer import CudaTimer, HostTimer, Timer, host_memory_bytes, interleave, spread
 
 SAMPLES = 20
 CPU_SAMPLES = 10
@@ -181,7 +181,8 @@ def _measure_cpu(timer: HostTimer) -> dict[str, float | None]:
             target[i] = source[i]
 
     rng = np.random.default_rng(0)
-    source = np.resize(rng.integers(-2**31, 2**31, RANDOM_BYTES // 8), CPU_COPY_CACHES * timer.flush_bytes // 4 // 8)
+    num_bytes = min(CPU_COPY_CACHES * timer.flush_bytes // 4, host_memory_bytes() // 8)
+    source = np.resize(rng.integers(-2**31, 2**31, RANDOM_BYTES // 8), num_bytes // 8)
     target = np.empty_like(source)
     square = rng.standard_normal((CPU_MATMUL_SIZE, CPU_MATMUL_SIZE), np.float32)
     read_us, copy_us, matmul_us = (min(_times(timer, call, CPU_SAMPLES)) for call in (

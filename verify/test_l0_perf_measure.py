@@ -193,6 +193,8 @@ def test_host_timer_writes_more_than_the_last_cache(monkeypatch):
     before = clock._buffer.copy()
     assert clock.sample(lambda: None)() >= 0
     assert (clock._buffer != before).all()
+    monkeypatch.setattr(timer, "host_memory_bytes", lambda: 8000)
+    assert timer.HostTimer().flush_bytes == 1000
 
 
 def test_read_kernel_loads_16_bytes_four_times():
