@@ -59,6 +59,11 @@ def unit_roundoff(dtype):
     return 2.0 ** -bits, max(2.0 ** (least - 1), FLUSH)
 
 
+def float64_error(operations):
+    """Relative error of so many float64 operations: for comparing what was computed in float64 twice."""
+    return operations * 2.0 ** -53
+
+
 def gamma(n):
     """Relative error of n float32 operations in any order, of the sum of absolute values."""
     return n * ACCUMULATE / (1.0 - n * ACCUMULATE)
