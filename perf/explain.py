@@ -205,11 +205,14 @@ def _parts_table(case: Case, row: Row, document: Results) -> Table:
     table = _plain_table("", "us", "of it", "", title=f"where {row['ours_us']:.1f} us go: {row['backend']}, {document['device']['name']}")
     for part in parts(case, row, document):
         table.add_row(part.name, f"{part.us:.1f}", f"{part.us / row['ours_us']:.0%}", f"[dim]{part.origin}")
-    unplanned_us = row.get("kernel_us", {}).get("unplanned_us")
-    beside = {"with its own plan": unplanned_us, **row["peers_us"]}
-    for name, time in beside.items():
+    kernels = row.get("kernel_us", {})
+    apart = [("its plan", kernels.get("plan_us"), "made before: not in it"),
+             ("with its own plan", kernels.get("unplanned_us"), "for comparison"),
+             ("host", row["host_us"], "of a call, while the GPU is busy: not in it"),
+             ("first call", 1e6 * (row.get("compile_s") or 0), "with its plan and what had to be compiled")]
+    for name, time, remark in (*apart, *((peer, time, "for comparison") for peer, time in row["peers_us"].items())):
         if time:
-            table.add_row(f"[dim]{name}[/]", f"[dim]{time:.1f}[/]", f"[dim]{time / row['ours_us']:.0%}[/]", "[dim]for comparison")
+            table.add_row(*(f"[dim]{text}[/]" for text in (name, f"{time:.1f}", f"{time / row['ours_us']:.0%}", remark)))
     return table
 
 

@@ -400,7 +400,10 @@ def test_explain_takes_a_measured_time_apart(document):
     assert by_name["floor"] == pytest.approx(row["sol"] * row["ours_us"], rel=1e-3)
     options = ["--batch", str(row["batch"]), "--len", str(row["seq_lens"][0]), "--heads", str(row["num_heads_q"]), "--queries",
                str(row["seq_len_q"])]
-    assert f"where {row['ours_us']:.1f} us go" in explained(*options, document=document)
+    row.update(host_us=12.5, compile_s=2.0)
+    text = explained(*options, document=document)
+    assert f"where {row['ours_us']:.1f} us go" in text
+    assert re.search(r"^host +12\.5 ", text, re.MULTILINE) and re.search(r"^first call +2000000\.0 ", text, re.MULTILINE)
     with pytest.raises(ValueError, match="no row of this case"):
         explained("--len", "77", document=document)
 
