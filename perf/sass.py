@@ -21,10 +21,12 @@ from unittest import mock
 if TYPE_CHECKING:
     from mla_numba.host.launch import KernelSpec
 
-VARIANTS = tuple((dtype, page_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128))
+VARIANTS = tuple((dtype, page_size, cluster_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128)
+                 for cluster_size in (1, 2))
 # Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
 HARMFUL_WARNINGS = ("C7504", "C7508", "C7509", "C7510", "C7514")
-OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL", "STL")
+OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "UTMALDG.4D.MULTICAST", "UTMAPF", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL",
+           "STL")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ def inspect(spec: "KernelSpec") -> SassReport:
                       len(operations), seconds)
 
 
-def hopper_kernels(variants: Sequence[tuple[str, int]] = VARIANTS) -> Iterator[SassReport]:
-    """A report for the decode kernel of each (dtype, page_size), and for the merge kernel of each dtype."""
+def hopper_kernels(variants: Sequence[tuple[str, int, int]] = VARIANTS) -> Iterator[SassReport]:
+    """A report for the decode kernel of each (dtype, page_size, cluster_size), and for the merge kernel of each dtype."""
     from mla_numba.host.hopper import decode_spec, merge_spec
 
-    for dtype, page_size in variants:
-        yield inspect(decode_spec(dtype, page_size))
-    for dtype in dict.fromkeys(dtype for dtype, _ in variants):
+    for variant in variants:
+        yield inspect(decode_spec(*variant))
+    for dtype in dict.fromkeys(dtype for dtype, _, _ in variants):
         yield inspect(merge_spec(dtype))
 
 
@@ -99,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """1 if a kernel spills or was compiled with a harmful warning, 2 if it cannot be told."""
     parser = argparse.ArgumentParser(prog="python -m perf.sass", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16"), help="only this; repeatable")
-    parser.add_argument("--page-size", action="append", type=int, help="only this; repeatable")
+    parser.add_argument("--page-size", action="append", type=int, choices=(16, 64, 128), help="only this; repeatable")
     args = parser.parse_args(argv)
     from rich.console import Console
     from rich.table import Table
 
-    variants = [(dtype, page_size) for dtype in args.dtype or ("bfloat16", "float16") for page_size in args.page_size or (16, 64, 128)]
+    variants = [variant for variant in VARIANTS if variant[0] in (args.dtype or variant) and variant[1] in (args.page_size or variant)]
     table = Table("kernel", "registers", "stack", "spills", "smem", *OPCODES, "all", "warnings", "s", box=None, pad_edge=False)
     console, bad = Console(width=None if sys.stdout.isatty() else 180), False
     try:

@@ -334,9 +334,9 @@ _ALL = [
              expected(bool(suffix)), (f"{move}_x4{suffix}",), smem_bytes=16 * WARP + ALIGNMENT)
       for move, expected in (("ldmatrix", _ldmatrix), ("stmatrix", _stmatrix)) for suffix in ("", "_trans")),
 
-    Effect("tickets", "make_tickets", lambda rng: {"counter": np.zeros(1, np.uint32), "marks": _unset(4 * 64)},
-           lambda inputs: {"counter": np.array([4 * 64], np.uint32), "marks": ~np.arange(4 * 64, dtype=np.uint32)},
-           num_threads=64, num_blocks=4),
+    *(Effect(f"tickets_{name}", "make_tickets", lambda rng: {"counter": np.zeros(1, np.uint32), "marks": _unset(4 * 64)},
+             lambda inputs: {"counter": np.array([4 * 64], np.uint32), "marks": ~np.arange(4 * 64, dtype=np.uint32)}, (name,),
+             num_threads=64, num_blocks=4) for name in ("atom_add_acq_rel", "atom_add_relaxed")),
     Effect("lock", "make_lock",
            lambda rng: {"lock": np.zeros(1, np.uint32), "count": np.zeros(1, np.float32), "other": np.array([5], np.uint32),
                         "seen": _unset(4)},

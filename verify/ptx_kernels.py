@@ -102,6 +102,7 @@ def make_global_memory():
         thread = i32(cuda.threadIdx.x)
         at = u64(4 * thread)
         quad_rmem = cuda.local.array(8, types.float32)
+        ptx.prefetch_global_l2(x + u64(16 * thread))
         ptx.ld_global_v4_f32(quad_rmem, 4, x + u64(16 * thread))
         ptx.st_global_b32(words + at, u32(ptx.ld_global_i32(x + at)))
         ptx.st_global_f32(floats + at, ptx.ld_global_f32(x + at))
@@ -147,10 +148,12 @@ def make_stmatrix(name):
 # Words that thread blocks share.
 
 
-def make_tickets():
+def make_tickets(name):
     """Every thread draws a number, and marks it."""
+    draw = getattr(ptx, name)
+
     def kernel(counter, marks):
-        ticket = ptx.atom_add_acq_rel(counter, u32(1))
+        ticket = draw(counter, u32(1))
         ptx.st_global_b32(marks + u64(4) * u64(ticket), ticket ^ u32(ALL_BITS))
 
     return kernel

@@ -3,7 +3,6 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -16,48 +15,41 @@ if cuda.config.ENABLE_CUDASIM:
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
-from perf.sass import SassReport, find_tool, hopper_kernels  # noqa: E402
+from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
 # A thread block's on compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
 SMEM_LIMIT = 227 * 1024
 REGISTERS_PER_SM = 65536
 
 
-@cache
-def _reports(dtype: str, page_size: int) -> dict[str, SassReport]:
-    if find_tool("nvdisasm") is None:
-        pytest.skip("nvdisasm comes with the extra test")
-    return {report.name.split("-")[0]: report for report in hopper_kernels([(dtype, page_size)])}
+needs_tools = pytest.mark.skipif(find_tool("nvdisasm") is None, reason="nvdisasm comes with the extra test")
 
 
-@pytest.mark.parametrize(("dtype", "page_size"), [("bfloat16", 64), ("bfloat16", 16), ("float16", 128)])
-class TestCompiledDecode:
-    def test_nothing_spills(self, dtype, page_size):
-        report = _reports(dtype, page_size)["hopper_decode"]
-        assert (report.stack_bytes, report.spill_bytes, report.opcodes["LDL"], report.opcodes["STL"]) == (0, 0, 0, 0)
+@needs_tools
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def test_what_the_decode_kernel_compiles_to(variant):
+    """One test, as compiling takes most of its time."""
+    report = inspect(hopper.decode_spec(*variant))
+    assert (report.stack_bytes, report.spill_bytes, report.opcodes["LDL"], report.opcodes["STL"]) == (0, 0, 0, 0)
+    assert report.warnings == ()
+    assert report.registers * hopper_config.NUM_THREADS <= REGISTERS_PER_SM
+    assert report.opcodes["USETMAXREG"] == 2
+    # 36 wgmma a QK, at 4 places (first and next, even and odd); 4 a PV, at 10 places (own and other P, in 6 steps of which 2 have one of
+    # the two each).
+    assert report.opcodes["HGMMA"] == 4 * 36 + 10 * 4
+    # A wait after each would be a serialised schedule.
+    assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
+    # Q's tiles at 2 places; loops over the tiles of a side at 5, with multicast in a cluster.
+    assert report.opcodes["UTMALDG"] == 2 * 9 + 5
+    assert report.opcodes["UTMALDG.4D.MULTICAST"] == (5 if variant[2] > 1 else 0)
+    assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
 
-    def test_registers_move_to_the_consumers(self, dtype, page_size):
-        report = _reports(dtype, page_size)["hopper_decode"]
-        assert report.registers * hopper_config.NUM_THREADS <= REGISTERS_PER_SM
-        assert report.opcodes["USETMAXREG"] == 2
 
-    def test_no_warning_that_costs_speed(self, dtype, page_size):
-        assert _reports(dtype, page_size)["hopper_decode"].warnings == ()
-
-    def test_tensor_core_and_tma(self, dtype, page_size):
-        """36 wgmma a QK, at 4 places (first and next, even and odd); 4 a PV, at 8 places (own and other P, in 6 steps of which 2 have
-        one of the two each); TMA for Q at 2 places, and for the 18 tiles of a pair, some at 2 places, a box of a page each."""
-        report = _reports(dtype, page_size)["hopper_decode"]
-        assert report.opcodes["HGMMA"] == 4 * 36 + 10 * 4
-        # A wait after each would be a serialised schedule.
-        assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
-        boxes = hopper_config.HopperConfig(dtype, page_size).pages_per_block
-        assert report.opcodes["UTMALDG"] == 2 * 9 + (9 + 9 + 5) * boxes
-        assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
-
-    def test_merge(self, dtype, page_size):
-        report = _reports(dtype, page_size)["hopper_merge"]
-        assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
+@needs_tools
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_the_merge_kernel_compiles_to(dtype):
+    report = inspect(hopper.merge_spec(dtype))
+    assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
 
 
 def test_shared_memory_fits_and_nothing_overlaps():
@@ -117,12 +109,22 @@ def test_team_with_kv_heads(kv_heads, team):
 
 
 def test_arguments_are_packed_as_the_kernels_read_them():
-    spec = hopper.decode_spec("bfloat16", 64)
+    spec = hopper.decode_spec("bfloat16", 64, 1)
     assert gpu.formats(spec.types()) == "QQQqqiQQQQqqqQqqqQQQiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
 
 
 def test_boxes_are_pages_or_parts_of_them():
-    boxes = {size: (hopper_config.HopperConfig("bfloat16", size).box_rows, hopper_config.HopperConfig("bfloat16", size).pages_per_block)
-             for size in (8, 16, 32, 64, 128, 256)}
+    configs = {size: hopper_config.HopperConfig("bfloat16", size, 1) for size in (8, 16, 32, 64, 128, 256)}
+    boxes = {size: (config.box_rows, config.pages_per_block) for size, config in configs.items()}
     assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}
+
+
+@pytest.mark.parametrize(("row_tiles", "cluster_size"), [(1, 1), (2, 2), (3, 1), (4, 2)])
+def test_row_tiles_share_loads_in_pairs(row_tiles, cluster_size):
+    assert hopper.cluster_size_of(row_tiles) == cluster_size
+
+
+def test_cluster_of_three_is_refused():
+    with pytest.raises(ValueError, match="cluster_size=3 must be 1 or 2"):
+        hopper_config.HopperConfig("bfloat16", 64, 3)

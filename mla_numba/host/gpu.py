@@ -25,14 +25,13 @@ def formats(signature: Any) -> str:
 class _Kernel:
     """A loaded kernel and the memory that its arguments are passed in."""
 
-    def __init__(self, function: Any, letters: str, num_threads: int, smem_bytes: int):
-        self._function = function
+    def __init__(self, function: Any, letters: str, spec: KernelSpec):
+        self._function, self._spec = function, spec
         # Every argument has 8 bytes of its own; cuLaunchKernelEx takes the addresses of them all.
         self._pack = struct.Struct("<" + "".join(letter if letter in "Qq" else letter + "4x" for letter in letters)).pack_into
         self._arguments = np.zeros(len(letters), np.uint64)
         self._pointers = self._arguments.ctypes.data + 8 * np.arange(len(letters), dtype=np.uint64)
         self._pointers_address = self._pointers.ctypes.data
-        self._num_threads, self._smem_bytes = num_threads, smem_bytes
         self._configs: dict[tuple[tuple[int, int, int], int], Any] = {}
 
     def launch(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
@@ -47,13 +46,19 @@ class _Kernel:
     def _config(self, grid: tuple[int, int, int], stream: int) -> Any:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
-        config.sharedMemBytes, config.hStream = self._smem_bytes, driver.CUstream(stream)
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._spec.num_threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._spec.smem_bytes, driver.CUstream(stream)
         # Blocks may come onto the machine while the kernel before ends; they wait for it with griddepcontrol.wait.
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes = [attribute]
+        if self._spec.cluster_size > 1:
+            cluster = driver.CUlaunchAttribute()
+            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self._spec.cluster_size, 1, 1
+            attributes.append(cluster)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
 
@@ -80,8 +85,7 @@ class Gpu:
         """Launch a kernel; it may start before the one ahead of it in the stream has ended."""
         kernel = self._kernels.get(spec)
         if kernel is None:
-            function = load_kernel(spec, self._device_idx)
-            kernel = self._kernels[spec] = _Kernel(function, formats(spec.types()), spec.num_threads, spec.smem_bytes)
+            kernel = self._kernels[spec] = _Kernel(load_kernel(spec, self._device_idx), formats(spec.types()), spec)
         kernel.launch(grid, stream, *arguments)
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None:

@@ -71,6 +71,11 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
     return max(range(min(row_tiles, 2), min(row_tiles, _MAX_TEAM) + 1), key=lambda team: (use(team), team))
 
 
+def cluster_size_of(row_tiles: int) -> int:
+    """Thread blocks that share what they load, of those that walk the same pieces."""
+    return 2 if row_tiles % 2 == 0 else 1
+
+
 def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs."""
     from ..kernels.hopper_config import BLOCK_M, BLOCK_N
@@ -102,11 +107,11 @@ class Device(Protocol):
 
 
 @cache
-def decode_spec(dtype: str, page_size: int) -> KernelSpec:
+def decode_spec(dtype: str, page_size: int, cluster_size: int) -> KernelSpec:
     from ..kernels import hopper_config as kernel
 
-    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size),), "decode_signature",
-                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True)
+    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size, cluster_size),), "decode_signature",
+                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True, cluster_size=cluster_size)
 
 
 @cache
@@ -150,12 +155,12 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device, stream: int) -> i
 
 
 def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> int:
-    from ..kernels.hopper_config import TILE_COLUMNS, HopperConfig
+    from ..kernels.hopper_config import BLOCK_N, TILE_COLUMNS
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
     return device.tensor_map(shape.dtype, kv_cache.pointer, (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
                              (token_stride or 16, head_stride or 16, page_stride or 16),
-                             (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1))
+                             (TILE_COLUMNS, min(shape.page_size, BLOCK_N), 1, 1))
 
 
 def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
@@ -184,9 +189,9 @@ def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Arr
         # A word for each 16 rows and half of the columns, 0 between launches.
         counters = device.workspace(rows // 16 * 2, stream, "counters")
         device.launch(
-            decode_spec(shape.dtype, shape.page_size), (row_tiles, num_workers, shape.num_heads_kv), stream, q_map, kv_map,
-            block_table.pointer, *block_table.strides, block_table.shape[1], tables["jobs"], tables["workers"], tables["starts"], *results,
-            *partials, counters, shape.heads_per_kv, int(shape.causal), schedule.config.split_blocks,
+            decode_spec(shape.dtype, shape.page_size, cluster_size_of(row_tiles)), (row_tiles, num_workers, shape.num_heads_kv), stream,
+            q_map, kv_map, block_table.pointer, *block_table.strides, block_table.shape[1], tables["jobs"], tables["workers"],
+            tables["starts"], *results, *partials, counters, shape.heads_per_kv, int(shape.causal), schedule.config.split_blocks,
             max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
         if schedule.num_slots > 0:
             # About as many thread blocks as the SMs hold together.

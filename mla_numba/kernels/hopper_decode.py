@@ -60,7 +60,6 @@ from .hopper_config import (
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
     PIECE_SEQ_LEN,
-    PIECE_SMEM,
     PRODUCER_REGISTERS,
     Q_EMPTY_SMEM,
     Q_FULL_SMEM,
@@ -89,9 +88,8 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 
 def decode_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_decode`'s."""
-    table, i, f = types.CPointer(types.int32), types.int32, types.float32
-    stride, address = types.int64, types.uint64
-    return types.void(address, address, address, stride, stride, i, table, table, table, address, stride, stride, stride,
+    address, stride, i, f = types.uint64, types.int64, types.int32, types.float32
+    return types.void(address, address, address, stride, stride, i, address, address, address, address, stride, stride, stride,
                       address, stride, stride, stride, address, address, address, i, i, i, f, f)
 
 
@@ -102,17 +100,31 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     load_q8, store_p, pv_rmem, pv_smem = products.load_q8, products.store_p, products.pv_rmem, products.pv_smem
     qk_tile, qk_last_tile, qk_even, qk_odd = products.qk_tile, products.qk_last_tile, products.qk_even, products.qk_odd
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
-    pack, visible_to, hide_unseen = softmax.pack, softmax.visible_to, softmax.hide_unseen
+    pack, visible_to, hide_unseen, piece_words = softmax.pack, softmax.visible_to, softmax.hide_unseen, softmax.piece_words
+    CLUSTER_SIZE = config.cluster_size
     wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))
     o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
     give_registers = ptx.make_setmaxnreg("dec", PRODUCER_REGISTERS)
 
     @inline
-    def release(mbar, lane):
-        """This warp is done with what `mbar` guards; 4 warps make the phase, producer waits."""
+    def release(base, buffer, side, lane):
+        """This warp is done with one side of a K buffer. 4 warps of each block that shares the load make the phase, producers wait."""
         if lane == 0:
+            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
             ptx.mbarrier_arrive(mbar)
+            # And at the block that loads this side for this one.
+            if CLUSTER_SIZE > 1 and ptx.cluster_ctarank() != u32(side):
+                ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(mbar, u32(side)))
+
+    @inline
+    def sync_blocks():
+        """All threads, of the cluster if there is one."""
+        if CLUSTER_SIZE > 1:
+            ptx.barrier_cluster_arrive()
+            ptx.barrier_cluster_wait()
+        else:
+            cuda.syncthreads()
 
     @inline
     def load_rows(address):
@@ -125,14 +137,14 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.st_shared_f32(address + u32(NEXT_ROW), b)
 
     @inline
-    def even_step(regs, at, words, problem, first_token, all_see, parity, has_odd, has_next):
+    def even_step(regs, at, problem, first_token, all_see, parity, has_odd, has_next):
         """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block. The flags are constants."""
         s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
 
         # Softmax.
-        hide_unseen(s_rmem, k0_smem, first_token, all_see, words, at, problem, WARPGROUP)
+        hide_unseen(s_rmem, k0_smem, first_token, all_see, parity, at, problem, WARPGROUP)
         old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e)
@@ -155,7 +167,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         wait_all()
         o_fence(o_rmem)
         p_fence(p_rmem)
-        release(base + u32(EMPTY_SMEM + 0), lane)
+        release(base, 0, 0, lane)
 
         # P0, with the maximum after the odd block, for warpgroup 1.
         # Warpgroup 1 arrives, warpgroup 0 waits: the maximum after the odd block; and that it no longer reads P0.
@@ -185,7 +197,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             # Of the groups in flight, one a tile, P1 V1 is the oldest.
             wait_all_but_4()
             o_fence(o_rmem)
-            release(base + u32(EMPTY_SMEM + 16), lane)
+            release(base, 1, 0, lane)
             for tile in range(LEFT_TILES, NUM_TILES - 1):
                 qk_tile(s_rmem, base, k0_smem, full, tile, parity, True)
             qk_last_tile(s_rmem, regs.q8_rmem, k0_smem, full, parity)
@@ -194,10 +206,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         elif has_odd:
             wait_all()
             o_fence(o_rmem)
-            release(base + u32(EMPTY_SMEM + 16), lane)
+            release(base, 1, 0, lane)
 
     @inline
-    def odd_step(regs, at, words, problem, first_token, all_see, parity, has_odd, has_next):
+    def odd_step(regs, at, problem, first_token, all_see, parity, has_odd, has_next):
         """Warpgroup 1: softmax of the odd block, O_right += P1 V1 + P0 V0, S of the next odd block. The flags are constants."""
         s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
@@ -206,7 +218,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         # Softmax.
         new_a, new_b = NO_SCORE, NO_SCORE
         if has_odd:
-            hide_unseen(s_rmem, base + u32(K1_SMEM), first_token, all_see, words, at, problem, WARPGROUP + 1)
+            hide_unseen(s_rmem, base + u32(K1_SMEM), first_token, all_see, parity, at, problem, WARPGROUP + 1)
             new_a, new_b = row_max(s_rmem, 0) * scale_log2e, row_max(s_rmem, 1) * scale_log2e
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
         ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
@@ -245,35 +257,35 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))
             wait_all_but_1()
             p_fence(p_rmem)
-            release(base + u32(EMPTY_SMEM + 24), lane)
+            release(base, 1, 1, lane)
         wait_all()
         o_fence(o_rmem)
-        release(base + u32(EMPTY_SMEM + 8), lane)
+        release(base, 0, 1, lane)
 
         # S of the next odd block.
         if has_next:
             qk_odd(regs, base, parity)
 
     @inline
-    def attend_even(regs, at, words, problem, begin_block, num_blocks, all_see, parity):
+    def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
         qk_even(regs, at.base, parity)
         parity ^= u32(1)
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
         while left > 2:
-            even_step(regs, at, words, problem, token, all_see, parity, True, True)
+            even_step(regs, at, problem, token, all_see, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left == 2:
-            even_step(regs, at, words, problem, token, all_see, parity, True, False)
+            even_step(regs, at, problem, token, all_see, parity, True, False)
         else:
-            even_step(regs, at, words, problem, token, all_see, parity, False, False)
+            even_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 
     @inline
-    def attend_odd(regs, at, words, problem, begin_block, num_blocks, all_see, parity):
+    def attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
         token = begin_block * i32(BLOCK_N) + i32(BLOCK_N)
         left = num_blocks
@@ -281,15 +293,15 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             qk_odd(regs, at.base, parity)
             parity ^= u32(1)
         while left > 3:
-            odd_step(regs, at, words, problem, token, all_see, parity, True, True)
+            odd_step(regs, at, problem, token, all_see, parity, True, True)
             parity ^= u32(1)
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left > 1:
-            odd_step(regs, at, words, problem, token, all_see, parity, True, False)
+            odd_step(regs, at, problem, token, all_see, parity, True, False)
             left -= i32(2)
         if left == 1:
-            odd_step(regs, at, words, problem, token, all_see, parity, False, False)
+            odd_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 
     @inline
@@ -319,13 +331,14 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         regs = Registers(cuda.local.array(32, types.float32), cuda.local.array(128, types.float32), cuda.local.array(16, types.uint32),
                          cuda.local.array(16, types.uint32), cuda.local.array(2, types.float32))
         tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
+        # Bit 0: of the K buffer's next use. Bit 6: of the piece; it tells the two places for a piece's words apart.
         parity = u32(0)
-        words = base + u32(PIECE_SMEM)
         while True:
             base = ptx.opaque_b32(base)
             at = Place(base, base + tile_row * u32(4), thread, lane)
-            # Producer arrives: the piece's words, and Q. The words' address tells the phase: bit 6 is the piece's parity.
-            ptx.mbarrier_wait_parity(base + u32(Q_FULL_SMEM), (words >> u32(6)) & u32(1))
+            # Producer arrives: the piece's words, and Q.
+            ptx.mbarrier_wait_parity(base + u32(Q_FULL_SMEM), (parity >> u32(6)) & u32(1))
+            words = piece_words(base, parity)
             num_blocks = ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS))
             if num_blocks < 0:
                 break
@@ -341,14 +354,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                                      ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)), problem)
                 load_q8(regs.q8_rmem, at)
                 if wg == 0:
-                    parity = attend_even(regs, at, words, problem, begin_block, num_blocks, all_see, parity)
+                    parity = attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity)
                 else:
-                    parity = attend_odd(regs, at, words, problem, begin_block, num_blocks, all_see, parity)
+                    parity = attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity)
                 # The side, anew: kept over the steps it would cost a register that O needs.
                 max_a, max_b = exchange_sums(regs.sums_rmem, at.row_smem, thread, ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7))
-            finish_piece(regs, max_a, max_b, base, words, problem, results, partials)
-            # The other of the two places for a piece's words.
-            words ^= u32(PIECE_BYTES)
+            finish_piece(regs, max_a, max_b, base, piece_words(base, parity), problem, results, partials)
+            parity ^= u32(PIECE_BYTES)
 
     def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
                       out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
@@ -362,15 +374,18 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.prefetch_tensormap(kv_map)
             for i in range(2 * NUM_TILES):
                 ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
-            for i in range(4):
-                ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(NUM_WARPS // 2))
+            for buffer in range(2):
+                for side in range(2):
+                    is_loader = CLUSTER_SIZE > 1 and ptx.cluster_ctarank() == u32(side)
+                    count = u32(NUM_WARPS) if is_loader else u32(NUM_WARPS // 2)
+                    ptx.mbarrier_init(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), count)
             ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
             ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))
             ptx.fence_mbarrier_init()
         if thread_idx < BLOCK_M:
             ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
         # All threads: the mbarriers and the first maximum are there.
-        cuda.syncthreads()
+        sync_blocks()
         ptx.griddepcontrol_wait()
         ptx.griddepcontrol_launch_dependents()
         if wg == 2:
@@ -387,5 +402,8 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                               lse_token_stride, empty_lse)
             consume(base, wg, thread, problem, results, Partials(o_partial, lse2_partial, counters))
+        if CLUSTER_SIZE > 1:
+            # All threads of the cluster: nobody loads into the other block, or arrives there, any more.
+            sync_blocks()
 
     return hopper_decode

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numba import cuda
-from numba.cuda import types
 
 from .. import ptx
 from ..scheduler import (
@@ -51,6 +50,7 @@ from .hopper_config import (
     PIECE_SEQ_LEN,
     PIECE_SLOT,
     PIECE_SMEM,
+    PREFETCH_BLOCKS,
     Q_EMPTY_SMEM,
     Q_FULL_SMEM,
     Q_SMEM,
@@ -59,145 +59,208 @@ from .hopper_config import (
     HopperConfig,
     inline,
 )
-from .schedule import piece_end
 
-i32, u32, u64 = np.int32, np.uint32, np.uint64
+i32, u16, u32, u64 = np.int32, np.uint16, np.uint32, np.uint64
 
 # Entries of a block table that the warp holds at a time, one a lane.
 WINDOW = 32
-Job = namedtuple("Job", "request seq_len q_batch q_begin q_len row_begin num_blocks first_slot num_parts")
+# Two windows of a request's block table, and the place of the first one in it. The lanes hold a page id each.
+Pages = namedtuple("Pages", "first window next_window")
+# Bits of `turns`: 0 and 1 are the parities of the buffers' uses, this one that of the piece; this one is set after the first piece; from
+# this one on is the number of jobs after this one.
+PIECE_TURN, LATER_TURN, JOBS_TURN = 2, 3, 4
 
 
 def make_producer(config: HopperConfig) -> Callable[..., None]:
-    """`produce(base, lane, tables, problem)`, for the producer's warp."""
+    """`produce(base, lane, tables, problem)`, for the producer's warp. It has few registers: numbers are kept to 32 bits, where Numba
+    would make 64 of a sum."""
     PAGE_SIZE, BOX_ROWS, PAGES_PER_BLOCK = config.page_size, config.box_rows, config.pages_per_block
+    BLOCKS_PER_PAGE = max(PAGE_SIZE // BLOCK_N, 1)
+    CLUSTER_SIZE = config.cluster_size
+    # To all thread blocks of the cluster.
+    CTA_MASK = u16((1 << CLUSTER_SIZE) - 1)
     BOX_BYTES = BOX_ROWS * 128
     L2_POLICY = u64(ptx.EVICT_FIRST)
 
     @inline
-    def load_page_ids(table, column_stride, first, num_entries, lane):
+    def load_i32(table, idx):
+        return ptx.ld_global_i32(table + u64(idx * 4))
+
+    @inline
+    def tile_idx():
+        """Row tile of this thread block; asked for anew each time, as a register is dear."""
+        return i32(ptx.opaque_b32(u32(cuda.blockIdx.x)))
+
+    @inline
+    def first_page(block):
+        """Place in the block table of a block's first page."""
+        return i32(u32(block) // u32(BLOCKS_PER_PAGE) * u32(PAGES_PER_BLOCK))
+
+    @inline
+    def load_page_ids(tables, job, first, lane):
         """This lane's page of the window from `first` on; -1, which TMA reads as zeros, past what the request uses."""
-        page = i32(-1)
-        if first + lane < num_entries:
-            page = ptx.ld_global_i32(table + u64(i32(first + lane) * column_stride))
+        entry, page = i32(first + i32(ptx.opaque_b32(u32(lane)))), i32(-1)
+        num_pages = i32((u32(load_i32(job, JOB_SEQ_LEN)) + u32(PAGE_SIZE - 1)) // u32(PAGE_SIZE))
+        if entry < min(tables.max_pages, num_pages):
+            block_table = tables.block_table + u64(load_i32(job, JOB_REQUEST) * tables.row_stride)
+            page = ptx.ld_global_i32(block_table + u64(entry * tables.column_stride))
         return page
 
     @inline
-    def block_pages(pages, window_pages, block, window_first):
-        """The pages of a block, from the window that the lanes of the warp hold."""
-        for box in range(PAGES_PER_BLOCK):
-            entry = (block * BLOCK_N + box * BOX_ROWS) // PAGE_SIZE
-            pages[box] = cuda.shfl_sync(0xFFFFFFFF, window_pages, entry - window_first)
+    def first_row(block):
+        """A block's place in its page."""
+        return i32(u32(block) % u32(BLOCKS_PER_PAGE) * u32(BLOCK_N))
 
     @inline
-    def load_tiles(base, buffer, side, tile_begin, tile_end, use, kv_map, kv_head, row, pages, lane):
-        """Wait until the last reader of these tiles is done with their former use, then fill them."""
-        # 4 warps of warpgroup `side` arrived; phase `use` - 1, so that the first use does not wait.
-        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (use & u32(1)) ^ u32(1))
+    def page_of_lane(pages, block, lane):
+        """Page of box `lane` of a block, which is in one of the two windows."""
+        entry = i32(first_page(i32(block)) - pages.first)
+        return cuda.shfl_sync(0xFFFFFFFF, pages.window if entry < WINDOW else pages.next_window, i32(entry + lane) & i32(WINDOW - 1))
+
+    @inline
+    def load_tiles(base, buffer, side, tile_begin, tile_end, turns, kv_map, kv_head, block, stop, pages, lane):
+        """Wait until the last reader of these tiles is done with their former use, then fill them; in a cluster each block fills its side
+        of both blocks' buffers, and only expects the other side."""
+        # Opaque, lest the addresses of tiles and boxes be kept in registers across the loops.
+        base, lane = ptx.opaque_b32(base), i32(ptx.opaque_b32(u32(lane)))
+        # 4 warps of warpgroup `side` arrived, of every block that this one loads for; the phase before the use's own.
+        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))
         cuda.syncwarp()
-        if lane == 0:
-            for tile in range(tile_begin, tile_end):
-                full = base + u32(FULL_SMEM + (buffer * NUM_TILES + tile) * 8)
+        # Each of the first lanes loads a box, of a page of its own.
+        page, row = page_of_lane(pages, block, lane), first_row(block)
+        loads = lane < PAGES_PER_BLOCK
+        if CLUSTER_SIZE > 1:
+            loads = loads and ptx.cluster_ctarank() == u32(side)
+        # A loop that stays one: its counter is opaque. Unrolled, its addresses would cost registers.
+        tile = u32(tile_begin)
+        while tile < tile_end:
+            ptx.nounroll()
+            full = base + u32(FULL_SMEM + buffer * NUM_TILES * 8) + tile * u32(8)
+            if lane == 0:
                 # The only arrival; the phase completes with the tile's last byte.
                 ptx.mbarrier_arrive_expect_tx(full, u32(TILE_BYTES))
-                k_smem = base + u32(K0_SMEM + (buffer * NUM_TILES + tile) * TILE_BYTES)
-                for box in range(PAGES_PER_BLOCK):
-                    ptx.tma_load_4d(k_smem + u32(box * BOX_BYTES), kv_map, full, i32(tile * TILE_COLUMNS), i32(row), i32(kv_head),
-                                    i32(pages[box]), L2_POLICY)
+            if loads:
+                place = base + u32(K0_SMEM + buffer * NUM_TILES * TILE_BYTES) + tile * u32(TILE_BYTES) + u32(lane) * u32(BOX_BYTES)
+                x = i32(tile * u32(TILE_COLUMNS))
+                if CLUSTER_SIZE > 1:
+                    ptx.tma_load_4d_multicast(place, kv_map, full, x, row, kv_head, page, CTA_MASK, L2_POLICY)
+                else:
+                    ptx.tma_load_4d(place, kv_map, full, x, row, kv_head, page, L2_POLICY)
+            tile = ptx.opaque_b32(tile + u32(1))
+        if PREFETCH_BLOCKS > 0 and i32(block + PREFETCH_BLOCKS) < stop:
+            page, row = page_of_lane(pages, block + PREFETCH_BLOCKS, lane), first_row(block + PREFETCH_BLOCKS)
+            if loads:
+                tile = u32(tile_begin)
+                while tile < tile_end:
+                    ptx.nounroll()
+                    ptx.tma_prefetch_4d(kv_map, i32(tile * u32(TILE_COLUMNS)), row, kv_head, page, L2_POLICY)
+                    tile = ptx.opaque_b32(tile + u32(1))
 
     @inline
-    def produce_piece(base, q_map, piece, num_blocks, begin_block, slot, job, heads_per_kv, kv_head, lane):
-        """Describe a piece, and load its rows of Q."""
-        parity = u32(piece) & u32(1)
+    def load_work(tables, column):
+        """Of the worker's row. Its address is made anew each time: kept it would cost registers."""
+        return load_i32(tables.workers, i32(ptx.opaque_b32(u32(cuda.blockIdx.y)) * u32(WORKER_COLUMNS)) + column)
+
+    @inline
+    def split_of(begin_block, tables):
+        """Number of the piece of its job that begins at a block; if not at the first, then where the worker begins, or at a multiple."""
+        if begin_block == 0:
+            return i32(0)
+        if tables.split_blocks == 0:
+            return load_work(tables, BEGIN_SPLIT)
+        return i32(u32(begin_block) // u32(tables.split_blocks))
+
+    @inline
+    def produce_piece(base, tables, turns, begin_block, end_block, job, heads_per_kv, kv_head, lane):
+        """Describe a piece, and load its rows of Q. What only this needs of the job is read anew: kept it would cost registers."""
+        parity = turns >> u32(PIECE_TURN) & u32(1)
         # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
         cuda.syncwarp()
         if lane == 0:
+            # Opaque, lest it be made before the loop around this, and kept.
+            num_blocks = i32(i32(ptx.opaque_b32(u32(end_block))) - begin_block)
+            row_begin = i32(load_i32(job, JOB_ROW_BEGIN) + tile_idx() * BLOCK_M)
             if num_blocks > 0:
+                q_batch, q_row = load_i32(job, JOB_Q_BATCH), i32(load_i32(job, JOB_Q_BEGIN) * heads_per_kv + row_begin)
                 for tile in range(NUM_TILES):
-                    ptx.tma_load_4d(base + u32(Q_SMEM + tile * TILE_BYTES), q_map, base + u32(Q_FULL_SMEM), i32(tile * TILE_COLUMNS),
-                                    job.q_begin * heads_per_kv + job.row_begin, kv_head, job.q_batch, L2_POLICY)
+                    ptx.tma_load_4d(base + u32(Q_SMEM + tile * TILE_BYTES), tables.q_map, base + u32(Q_FULL_SMEM), i32(tile * TILE_COLUMNS),
+                                    q_row, kv_head, q_batch, L2_POLICY)
+            # While Q comes. Read one by one: together they would cost registers.
             words = base + u32(PIECE_SMEM) + parity * u32(PIECE_BYTES)
             ptx.st_shared_i32(words + u32(PIECE_NUM_BLOCKS), num_blocks)
             ptx.st_shared_i32(words + u32(PIECE_BEGIN_BLOCK), begin_block)
-            ptx.st_shared_i32(words + u32(PIECE_SEQ_LEN), job.seq_len)
+            ptx.st_shared_i32(words + u32(PIECE_ROW_BEGIN), row_begin)
+            ptx.st_shared_i32(words + u32(PIECE_SEQ_LEN), load_i32(job, JOB_SEQ_LEN))
+            ptx.st_shared_i32(words + u32(PIECE_NUM_PARTS), load_i32(job, JOB_NUM_PARTS))
+            ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), load_i32(job, JOB_Q_BATCH))
+            ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), load_i32(job, JOB_Q_BEGIN))
+            ptx.st_shared_i32(words + u32(PIECE_Q_LEN), load_i32(job, JOB_Q_LEN))
+            slot = load_i32(job, JOB_FIRST_SLOT)
+            if slot != NOT_SPLIT:
+                slot = i32(slot + split_of(begin_block, tables))
             ptx.st_shared_i32(words + u32(PIECE_SLOT), slot)
-            ptx.st_shared_i32(words + u32(PIECE_NUM_PARTS), job.num_parts)
-            ptx.st_shared_i32(words + u32(PIECE_Q_BATCH), job.q_batch)
-            ptx.st_shared_i32(words + u32(PIECE_Q_BEGIN), job.q_begin)
-            ptx.st_shared_i32(words + u32(PIECE_Q_LEN), job.q_len)
-            ptx.st_shared_i32(words + u32(PIECE_ROW_BEGIN), job.row_begin)
             # The only arrival; completes with Q's last byte, and releases the words above.
             ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES) if num_blocks > 0 else u32(0))
 
     @inline
-    def read_job(table, row_idx, tile_idx):
-        """All of a job at once, before anything that the compiler must not move loads across."""
-        return Job(table[row_idx + JOB_REQUEST], table[row_idx + JOB_SEQ_LEN], table[row_idx + JOB_Q_BATCH], table[row_idx + JOB_Q_BEGIN],
-                   table[row_idx + JOB_Q_LEN], table[row_idx + JOB_ROW_BEGIN] + tile_idx * BLOCK_M, table[row_idx + JOB_NUM_BLOCKS],
-                   table[row_idx + JOB_FIRST_SLOT], table[row_idx + JOB_NUM_PARTS])
+    def piece_end(block, end_block, split_blocks):
+        """Where the piece that begins at `block` ends: at the next multiple of `split_blocks`, or where the worker stops."""
+        if split_blocks == 0:
+            return end_block
+        return min(end_block, i32((u32(block) // u32(split_blocks) + u32(1)) * u32(split_blocks)))
 
     @inline
     def produce(base, lane, tables, problem):
         """Walk the worker's pieces, job by job; within a piece, pairs of blocks."""
-        tile_idx, worker, kv_head = i32(cuda.blockIdx.x), i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
-        kv_map, column_stride, heads_per_kv = tables.kv_map, tables.column_stride, problem.heads_per_kv
-        even_pages, odd_pages = cuda.local.array(PAGES_PER_BLOCK, types.int32), cuda.local.array(PAGES_PER_BLOCK, types.int32)
-        piece, use0, use1 = i32(0), u32(0), u32(0)
-        workers, worker_row = tables.workers, worker * WORKER_COLUMNS
-        begin_job, end_job, split = workers[worker_row + BEGIN_JOB], workers[worker_row + END_JOB], workers[worker_row + BEGIN_SPLIT]
-        block, last_end_block = workers[worker_row + BEGIN_BLOCK], workers[worker_row + END_BLOCK]
-        # The first job's row lies in `starts` too, where it can be read before the job's number has come.
-        row_of_job, row_idx = tables.starts, worker * JOB_COLUMNS
-        for job_idx in range(begin_job, end_job + 1):
-            job = read_job(row_of_job, row_idx, tile_idx)
-            row_of_job, row_idx = tables.jobs, (job_idx + 1) * JOB_COLUMNS
-            end_block = last_end_block if job_idx == end_job else job.num_blocks
-            num_entries = min(tables.max_pages, (job.seq_len + PAGE_SIZE - 1) // PAGE_SIZE)
-            table = tables.block_table + u64(i32(job.request) * tables.row_stride)
-            more = job.row_begin < job.q_len * heads_per_kv
+        worker, kv_head = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)
+        kv_map, heads_per_kv = tables.kv_map, problem.heads_per_kv
+        # The first job's row lies in `starts` too, and comes while the job's number does.
+        job = tables.starts + u64(worker * (4 * JOB_COLUMNS))
+        ptx.prefetch_global_l2(job)
+        turns = u32(i32(load_work(tables, END_JOB) - load_work(tables, BEGIN_JOB))) << u32(JOBS_TURN)
+        block = load_work(tables, BEGIN_BLOCK)
+        while i32(turns) >= 0:
+            num_rows, row_begin = i32(load_i32(job, JOB_Q_LEN) * heads_per_kv), load_i32(job, JOB_ROW_BEGIN)
+            end_block = load_i32(job, JOB_NUM_BLOCKS)
+            if turns >> u32(JOBS_TURN) == 0:
+                end_block = load_work(tables, END_BLOCK)
+            # A block of a cluster goes along wherever one of them has rows.
+            more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
-                slot = job.first_slot + split if job.first_slot != NOT_SPLIT else i32(NOT_SPLIT)
+                begin = block
                 # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
-                q_first = piece == 0 or stop <= block
-                if q_first:
-                    produce_piece(base, tables.q_map, piece, i32(stop - block), i32(block), slot, job, heads_per_kv, kv_head, lane)
-                window_first = i32(block * BLOCK_N // PAGE_SIZE) & i32(-WINDOW)
-                window = load_page_ids(table, column_stride, window_first, num_entries, lane)
-                next_window = load_page_ids(table, column_stride, window_first + WINDOW, num_entries, lane)
-                for even in range(block, stop, 2):
-                    odd = even + 1
-                    if even * BLOCK_N // PAGE_SIZE >= window_first + WINDOW:
-                        window_first += WINDOW
-                        window = next_window
-                        next_window = load_page_ids(table, column_stride, window_first + WINDOW, num_entries, lane)
-                    block_pages(even_pages, window, even, window_first)
-                    even_row, odd_row = even * BLOCK_N % PAGE_SIZE, odd * BLOCK_N % PAGE_SIZE
-                    load_tiles(base, 0, 0, 0, LEFT_TILES, use0, kv_map, kv_head, even_row, even_pages, lane)
-                    if even == block:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, even_row, even_pages, lane)
-                        if not q_first:
-                            produce_piece(base, tables.q_map, piece, i32(stop - block), i32(block), slot, job, heads_per_kv, kv_head, lane)
+                if turns & u32(1 << LATER_TURN) == 0 or stop <= block:
+                    produce_piece(base, tables, turns, begin, stop, job, heads_per_kv, kv_head, lane)
+                first = i32(first_page(block) & i32(-WINDOW))
+                pages = Pages(first, load_page_ids(tables, job, first, lane), load_page_ids(tables, job, i32(first + WINDOW), lane))
+                while block < stop:
+                    odd = i32(block + 1)
+                    if first_page(block) >= i32(pages.first + WINDOW):
+                        first = i32(pages.first + WINDOW)
+                        pages = Pages(first, pages.next_window, load_page_ids(tables, job, i32(first + WINDOW), lane))
+                    load_tiles(base, 0, 0, 0, LEFT_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
+                    if block == begin:
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
+                        if turns & u32(1 << LATER_TURN) != 0:
+                            produce_piece(base, tables, turns, begin, stop, job, heads_per_kv, kv_head, lane)
                     if odd < stop:
-                        # The odd block's pages may be the first of the next window.
-                        odd_first, odd_window = window_first, window
-                        if odd * BLOCK_N // PAGE_SIZE >= window_first + WINDOW:
-                            odd_first, odd_window = window_first + WINDOW, next_window
-                        block_pages(odd_pages, odd_window, odd, odd_first)
-                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
-                    if even > block:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, use0, kv_map, kv_head, even_row, even_pages, lane)
+                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, odd, stop, pages, lane)
+                    if block > begin:
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
                     if odd < stop:
-                        load_tiles(base, 1, 0, 0, LEFT_TILES, use1, kv_map, kv_head, odd_row, odd_pages, lane)
-                        use1 += u32(1)
-                    use0 += u32(1)
-                piece += 1
-                split += 1
+                        load_tiles(base, 1, 0, 0, LEFT_TILES, turns, kv_map, kv_head, odd, stop, pages, lane)
+                        turns = u32(turns ^ u32(1 << 1))
+                    turns = u32(turns ^ u32(1 << 0))
+                    block = i32(block + 2)
+                turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATER_TURN))
                 block = stop
                 more = block < end_block
-            block, split = i32(0), i32(0)
-        parity = u32(piece) & u32(1)
+            block = i32(0)
+            turns = u32(turns - u32(1 << JOBS_TURN))
+            job = tables.jobs + u64(i32(load_work(tables, END_JOB) - i32(turns >> u32(JOBS_TURN))) * (4 * JOB_COLUMNS))
+        parity = turns >> u32(PIECE_TURN) & u32(1)
         # 8 consumer warps arrived, done with the last piece.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
         cuda.syncwarp()

@@ -47,8 +47,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     @inline
     def qk_tile(s_rmem, base, k_smem, full, tile, parity, accumulate):
         """S += Q K^T over the 64 dims of a tile of shared memory."""
-        # Producer's TMA of this tile; `parity` of the buffer's use.
-        ptx.mbarrier_wait_parity(full + u32(tile * 8), parity)
+        # Producer's TMA of this tile; bit 0 of `parity` is of the buffer's use.
+        ptx.mbarrier_wait_parity(full + u32(tile * 8), parity & u32(1))
         q_desc = K_MAJOR | u64((base + u32(Q_SMEM)) >> u32(4))
         k_desc = K_MAJOR | u64(k_smem >> u32(4))
         ptx.wgmma_fence()
@@ -60,8 +60,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     @inline
     def qk_last_tile(s_rmem, q8_rmem, k_smem, full, parity):
         """S += Q K^T over the last 64 dims, with Q from registers."""
-        # Producer's TMA of this tile; `parity` of the buffer's use.
-        ptx.mbarrier_wait_parity(full + u32((NUM_TILES - 1) * 8), parity)
+        # Producer's TMA of this tile; bit 0 of `parity` is of the buffer's use.
+        ptx.mbarrier_wait_parity(full + u32((NUM_TILES - 1) * 8), parity & u32(1))
         k_desc = K_MAJOR | u64(k_smem >> u32(4))
         ptx.wgmma_fence()
         for k in range(K_STEPS):

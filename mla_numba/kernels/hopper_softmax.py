@@ -14,9 +14,11 @@ from .hopper_config import (
     BLOCK_N,
     MAX_LAG,
     MINUS_INFINITY,
+    PIECE_BYTES,
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
     PIECE_SEQ_LEN,
+    PIECE_SMEM,
     TILE_BYTES,
     HopperConfig,
     inline,
@@ -72,11 +74,17 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3] * factor_b, s_rmem[4 * i + 2] * factor_b)
 
     @inline
+    def piece_words(base, parity):
+        """Where the words of the piece lie. From an opaque address: kept over the steps they would cost a register that O needs."""
+        return ptx.opaque_b32(base) + u32(PIECE_SMEM) + (parity & u32(PIECE_BYTES))
+
+    @inline
     def visible_to(row, seq_len, q_len, problem):
         """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
         if problem.causal == 0 or row >= q_len * problem.heads_per_kv:
             return seq_len
-        return seq_len - (q_len - i32(1) - row // problem.heads_per_kv)
+        # Unsigned, lest the division be one of 64 bits.
+        return i32(seq_len - (q_len - i32(1) - i32(u32(row) // u32(problem.heads_per_kv))))
 
     @inline
     def mask(s_rmem, first_token, visible_a, visible_b, thread):
@@ -103,10 +111,11 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         ptx.bar_sync(u32(barrier_idx), u32(128))
 
     @inline
-    def hide_unseen(s_rmem, k_smem, first_token, all_see, words, at, problem, barrier_idx):
+    def hide_unseen(s_rmem, k_smem, first_token, all_see, parity, at, problem, barrier_idx):
         """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
         if first_token + BLOCK_N > all_see:
             # Of the few blocks at a request's end; what is read again here need not be kept in registers.
+            words = piece_words(at.base, parity)
             seq_len, q_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)), ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
             tile_row = (at.thread >> u32(5)) * u32(16) + ((at.thread & u32(31)) >> u32(2))
             row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
@@ -116,4 +125,4 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                 zero_tail(k_smem, seq_len - first_token, at.thread, barrier_idx)
 
     return SimpleNamespace(row_max=row_max, exp_row=exp_row, lagging_max=lagging_max, rescale=rescale, pack=pack, visible_to=visible_to,
-                           hide_unseen=hide_unseen)
+                           hide_unseen=hide_unseen, piece_words=piece_words)

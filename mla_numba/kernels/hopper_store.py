@@ -62,16 +62,15 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         """How many have been here before this warp."""
         before = u32(0)
         if lane == 0:
-            before = ptx.atom_add_acq_rel(counter, u32(1))
+            before = ptx.atom_add_relaxed(counter, u32(1))
         return u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))
 
     @inline
     def announce(counter, lane):
-        """What this warp wrote is there for all."""
-        ptx.fence_acq_rel_gpu()
+        """What this warp wrote is there for all: the release is lane 0's, of all that it has seen."""
         cuda.syncwarp()
         if lane == 0:
-            ptx.atom_add_acq_rel(counter, u32(1))
+            ptx.red_add_u32(counter, u32(1))
 
     @inline
     def await_announced(counter, lane):
@@ -81,7 +80,6 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                 pass
             ptx.st_relaxed(counter, u32(0))
         cuda.syncwarp()
-        ptx.fence_acq_rel_gpu()
 
     @inline
     def pair_weights(mine, other, is_second):
@@ -133,10 +131,11 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
     @inline
     def finish_row(o_rmem, half, factor, lse2, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, results):
         """A row's result."""
-        # Opaque, lest the reciprocal for the division be kept in a register across all pieces.
-        heads = i32(ptx.opaque_b32(u32(heads_per_kv)))
-        q_batch, token = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH)), ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + row // heads
-        head = kv_head * heads + row % heads
+        # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
+        heads = ptx.opaque_b32(u32(heads_per_kv))
+        q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
+        token = ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + i32(u32(row) // heads)
+        head = kv_head * i32(heads) + i32(u32(row) % heads)
         row_address = i64(0)
         if row < rows_of_request:
             row_address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
@@ -165,8 +164,8 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
         lane, warp, wg = thread_idx & u32(31), thread_idx >> u32(5), thread_idx >> u32(7)
         tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
-        row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
-        rows_of_request = ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv
+        row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
+        rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv)
         cuda.syncwarp()
         if lane == 0:
             # 8 consumer warps arrive, producer waits: this one is done with Q and P1. (The words stay until the piece after the next.)
@@ -208,6 +207,6 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                     factor_a, factor_b = f32(1), f32(1)
         if is_last:
             finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
-            finish_row(o_rmem, 1, factor_b, lse2_b, row + i32(8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
+            finish_row(o_rmem, 1, factor_b, lse2_b, i32(row + 8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
 
     return finish_piece

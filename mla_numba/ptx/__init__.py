@@ -5,7 +5,7 @@ indexed by constants alone. Sections are those of the PTX ISA, version 9.0.
 """
 
 from .arithmetic import cvt_bf16x2, cvt_f16x2, ex2, fma_rn, lg2_approx, mul_rn
-from .atomics import atom_add_acq_rel, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, st_relaxed
+from .atomics import atom_add_acq_rel, atom_add_relaxed, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, st_relaxed
 from .barriers import (
     bar_arrive,
     bar_sync,
@@ -35,7 +35,7 @@ from .cluster import (
     mbarrier_wait_parity_cluster,
     st_async_b32,
 )
-from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_setmaxnreg
+from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_setmaxnreg, nounroll
 from .copy import cp_async_16, cp_async_16_zfill, cp_async_commit_group, cp_async_mbarrier_arrive_noinc, make_cp_async_wait_group
 from .matrix import ldmatrix_x4, ldmatrix_x4_trans, stmatrix_x4, stmatrix_x4_trans
 from .memory import (
@@ -47,6 +47,7 @@ from .memory import (
     ld_shared_v4_b32,
     make_registers_fence,
     opaque_b32,
+    prefetch_global_l2,
     smem_address,
     st_global_b32,
     st_global_f32,
@@ -78,6 +79,7 @@ __all__ = [
     "EVICT_LAST",
     "EVICT_NORMAL",
     "atom_add_acq_rel",
+    "atom_add_relaxed",
     "atom_cas_acq_rel",
     "bar_arrive",
     "bar_sync",
@@ -132,7 +134,9 @@ __all__ = [
     "mbarrier_wait_parity",
     "mbarrier_wait_parity_cluster",
     "mul_rn",
+    "nounroll",
     "opaque_b32",
+    "prefetch_global_l2",
     "prefetch_tensormap",
     "red_add_f32",
     "red_add_u32",

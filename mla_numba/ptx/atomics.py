@@ -9,6 +9,11 @@ def atom_add_acq_rel(address: u64, value: u32) -> u32:
     warp), acquires what others released here. PTX ISA 9.7.13.5."""
 
 
+@instruction("atom.relaxed.gpu.global.add.u32 <result>, [<address>], <value>;")
+def atom_add_relaxed(address: u64, value: u32) -> u32:
+    """`atom.relaxed.gpu.add`: adds, and returns what was there; orders nothing else. PTX ISA 9.7.13.5."""
+
+
 @instruction("atom.acq_rel.gpu.global.cas.b32 <result>, [<address>], <expected>, <value>;")
 def atom_cas_acq_rel(address: u64, expected: u32, value: u32) -> u32:
     """`atom.acq_rel.gpu.cas`: stores `value` where `expected` was, and returns what was there; releases and acquires as

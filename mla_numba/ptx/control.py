@@ -24,3 +24,8 @@ def griddepcontrol_wait() -> None:
 @instruction("griddepcontrol.launch_dependents;")
 def griddepcontrol_launch_dependents() -> None:
     """`griddepcontrol.launch_dependents`: the next grid may start once every block has said so or ended. PTX ISA 9.7.13.13."""
+
+
+@instruction(r".pragma \22nounroll\22;")
+def nounroll() -> None:
+    """`.pragma "nounroll"`: no instruction; as the first in a loop, keeps the assembler from unrolling it. PTX ISA 11.9.1."""

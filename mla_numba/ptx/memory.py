@@ -51,6 +51,11 @@ def ld_global_i32(address: u64) -> i32:
     """`ld.global.nc`: an integer that nobody writes while the kernel runs. PTX ISA 9.7.9.9."""
 
 
+@instruction("prefetch.global.L2 [<address>];")
+def prefetch_global_l2(address: u64) -> None:
+    """`prefetch.global.L2`: by one thread; brings the line at an address to L2. Orders nothing. PTX ISA 9.7.9.15."""
+
+
 @instruction("ld.global.f32 <result>, [<address>];")
 def ld_global_f32(address: u64) -> f32:
     """`ld.global`: a float. PTX ISA 9.7.9.8."""

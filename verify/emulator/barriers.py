@@ -24,7 +24,9 @@ class MBarrier:
         self.known_to_async = False
 
     def require_made(self, thread: Thread) -> None:
-        """Its initialisation must have happened before any use."""
+        """Its initialisation must have happened before any use, and its block must not have ended."""
+        if self._block.alive == 0:
+            raise Finding("barrier", f"{thread.describe()} uses an mbarrier of {self._block.name}, which has ended")
         if not thread.has_seen(self._block.cluster.uid, self._maker.agent, self._made_at):
             raise Finding("barrier", f"{thread.describe()} uses the mbarrier at {self._address:#x}, which {self._maker.describe()} "
                           "initialises, and nothing orders them")

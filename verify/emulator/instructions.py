@@ -14,7 +14,7 @@ from mla_numba import ptx as real
 
 from . import tma
 from .barriers import MBarrier, mbarrier, named_barrier
-from .clocks import Stamp, known_to
+from .clocks import known_to
 from .copies import copies_of
 from .findings import Finding
 from .machine import WARP, Block, Machine, Thread, Warp
@@ -256,6 +256,9 @@ class Instructions:
     def ld_global_i32(self, address: int) -> int:
         return int(self._load_global(address, 4, self._line(), constant=True).view(np.int32)[0])
 
+    def prefetch_global_l2(self, address: int) -> None:
+        self._machine.memory.find(int(address), 1)
+
     def ld_global_f32(self, address: int) -> Any:
         return self._load_global(address, 4, self._line()).view(np.float32)[0]
 
@@ -303,6 +306,9 @@ class Instructions:
 
     def atom_add_acq_rel(self, address: int, value: int) -> int:
         return self._atomic(address, lambda before: before + int(value), True, True)
+
+    def atom_add_relaxed(self, address: int, value: int) -> int:
+        return self._atomic(address, lambda before: before + int(value), False, False)
 
     def atom_cas_acq_rel(self, address: int, expected: int, value: int) -> int:
         self._machine.poll()
@@ -474,11 +480,7 @@ class Instructions:
             for thread in warp.threads:
                 cluster.stamp.take(thread)
             cluster.arrived += len(warp.threads)
-            if cluster.arrived == sum(block.alive for block in cluster.blocks):
-                cluster.last_stamp, cluster.stamp = cluster.stamp, Stamp(cluster.num_agents)
-                cluster.arrived, cluster.phase = 0, cluster.phase + 1
-                waiting, cluster.waiting = cluster.waiting, []
-                self._machine.wake(waiting)
+            cluster.complete_phase()
 
         thread = self._machine.current
         if thread.cluster_phase is not None:
@@ -545,6 +547,9 @@ class Instructions:
                 _request_registers(thread.warp, action, count)
 
         return setmaxnreg
+
+    def nounroll(self) -> None:
+        """For the assembler."""
 
     def griddepcontrol_wait(self) -> None:
         machine = self._machine

@@ -113,6 +113,14 @@ class Cluster:
         self.last_stamp = self.stamp
         self.waiting: list[Thread] = []
 
+    def complete_phase(self) -> None:
+        """The barrier's phase is complete when all threads that have not ended have arrived."""
+        if self.arrived and self.arrived == sum(block.alive for block in self.blocks):
+            self.last_stamp, self.stamp = self.stamp, Stamp(self.num_agents)
+            self.arrived, self.phase = 0, self.phase + 1
+            waiting, self.waiting = self.waiting, []
+            self.blocks[0].machine.wake(waiting)
+
 
 class Block:
     """A thread block: threads, shared memory, barriers."""
@@ -438,6 +446,7 @@ class Machine:
         barrier = block.named.get(0)
         if barrier is not None:
             barrier.thread_ended()
+        block.cluster.complete_phase()
         if block.alive == 0:
             self._end_block(block)
 

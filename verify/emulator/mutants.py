@@ -17,6 +17,7 @@ _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before
 ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
+CLUSTER = (MLACase(seq_lens=(300, 129), num_heads_q=128, values="rising"), 2)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
@@ -54,9 +55,9 @@ def _without(line: str) -> tuple[str, str]:
     return line, line[:len(line) - len(line.lstrip())] + "pass"
 
 
-_RELEASE_V0 = "        release(base + u32(EMPTY_SMEM + 0), lane)\n"
+_RELEASE_V0 = "        release(base, 0, 0, lane)\n"
 _PV_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
-_RELEASE_V1 = "            release(base + u32(EMPTY_SMEM + 16), lane)\n"
+_RELEASE_V1 = "            release(base, 1, 0, lane)\n"
 _P0_STORED = "        store_p(p_rmem, base + u32(P0_SMEM), at)\n"
 _P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.\n"
                "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
@@ -70,10 +71,11 @@ _MAX0_ARRIVES = ("        pack(p_rmem, s_rmem, f32(1), f32(1))\n"
 _MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
-_CLAIM = "            before = ptx.atom_add_acq_rel(counter, u32(1))\n"
+_CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
 _MERGE_WAIT = ("            # The decode has ended, and its partial results are visible; the tables above are older.\n"
                "            ptx.griddepcontrol_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
+_EVEN_STEP = "            even_step(regs, at, problem, token, all_see, parity, True, True)\n"
 _MERGE_END = "lets the next one start before the decode has ended.\n"
 _MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
                 "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
@@ -99,11 +101,11 @@ MUTANTS = (
     Mutant("V1 freed before its product is awaited", _DECODE, "            wait_all_but_4()\n            o_fence(o_rmem)\n" + _RELEASE_V1,
            _RELEASE_V1 + "            wait_all_but_4()\n            o_fence(o_rmem)\n"),
     Mutant("producer does not wait for readers", _LOAD, *_without(
-        "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (use & u32(1)) ^ u32(1))")),
+        "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))")),
     Mutant("Q loaded over the piece before", _LOAD, _PIECE_BEFORE, "", cases=(SEVERAL,)),
     Mutant("lanes of the producer not together", _LOAD, _PIECE_BEFORE + "        cuda.syncwarp()\n", _PIECE_BEFORE, cases=(NOTHING,)),
-    Mutant("tiles of the odd block one step early", _LOAD, "load_tiles(base, 1, 0, 0, LEFT_TILES, use1, ",
-           "load_tiles(base, 1, 0, 0, LEFT_TILES, use1 + u32(1), "),
+    Mutant("tiles of the odd block one step early", _LOAD, "load_tiles(base, 1, 0, 0, LEFT_TILES, turns, ",
+           "load_tiles(base, 1, 0, 0, LEFT_TILES, turns ^ u32(1 << 1), "),
     # Barriers: order, counts, phases, numbers.
     Mutant("P0 announced before it is stored", _DECODE, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED),
     Mutant("P1 announced before it is stored", _DECODE, _P1_ARRIVES, "", also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
@@ -119,14 +121,13 @@ MUTANTS = (
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
     Mutant("block goes on before the mbarriers are there", _DECODE, *_without("        cuda.syncthreads()")),
-    Mutant("buffer freed by three warps", _DECODE, "u32(NUM_WARPS // 2))", "u32(NUM_WARPS // 2 - 1))"),
-    Mutant("buffer freed by five warps", _DECODE, "u32(NUM_WARPS // 2))", "u32(NUM_WARPS // 2 + 1))"),
+    Mutant("buffer freed by three warps", _DECODE, "else u32(NUM_WARPS // 2)", "else u32(NUM_WARPS // 2 - 1)"),
+    Mutant("buffer freed by five warps", _DECODE, "else u32(NUM_WARPS // 2)", "else u32(NUM_WARPS // 2 + 1)"),
     Mutant("Q freed by seven warps", _DECODE, "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))",
            "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS - 1))", cases=(SEVERAL,)),
     Mutant("half of a tile's bytes expected", _LOAD, "expect_tx(full, u32(TILE_BYTES))", "expect_tx(full, u32(TILE_BYTES // 2))"),
-    Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        words", "        parity = u32(1)\n        words"),
-    Mutant("phase not flipped", _DECODE, "            even_step(regs, at, words, problem, token, all_see, parity, True, True)\n"
-           "            parity ^= u32(1)\n", "            even_step(regs, at, words, problem, token, all_see, parity, True, True)\n"),
+    Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
+    Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity ^= u32(1)\n", _EVEN_STEP),
     Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
     Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
@@ -138,7 +139,7 @@ MUTANTS = (
     Mutant("P1 over Q's tile 7", _DECODE, "store_p(p_rmem, base + u32(P1_SMEM)", "store_p(p_rmem, base + u32(P1_SMEM - TILE_BYTES)",
            also=(("o_rmem, base + u32(P1_SMEM), k1_smem", "o_rmem, base + u32(P1_SMEM - TILE_BYTES), k1_smem"),)),
     Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
-    Mutant("rows of a page off by one", _LOAD, "i32(row), i32(kv_head)", "i32(row + 1), i32(kv_head)"),
+    Mutant("rows of a page off by one", _LOAD, "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N))", "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N) + 1)"),
     Mutant("K0 a tile further on", _CONFIG, "K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES", "K0_SMEM = Q_SMEM + (NUM_TILES + 1) * TILE_BYTES"),
     # Registers and warps.
     Mutant("more registers than there are", _CONFIG, "CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40",
@@ -150,6 +151,16 @@ MUTANTS = (
            also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
+    Mutant("loader does not wait for the other block", _DECODE, "u32(NUM_WARPS) if is_loader", "u32(NUM_WARPS // 2) if is_loader",
+           (CLUSTER,)),
+    Mutant("other block not told", _DECODE, "ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(mbar, u32(side)))", "pass", (CLUSTER,)),
+    Mutant("wrong block told", _DECODE, "ptx.mapa_shared_cluster(mbar, u32(side))", "ptx.mapa_shared_cluster(mbar, u32(1 - side))",
+           (CLUSTER,)),
+    Mutant("blocks of a cluster begin apart", _DECODE, "first maximum are there.\n        sync_blocks()\n",
+           "first maximum are there.\n        cuda.syncthreads()\n", (CLUSTER,)),
+    Mutant("block of a cluster ends before the other", _DECODE, *_without("            sync_blocks()"), cases=(CLUSTER,)),
+    Mutant("loads go to the loader alone", _LOAD, "u16((1 << CLUSTER_SIZE) - 1)", "u16(1)", (CLUSTER,)),
+    Mutant("a side too many loaded", _LOAD, "loads and ptx.cluster_ctarank() == u32(side)", "loads", (CLUSTER,)),
     Mutant("merge begins while the decode runs", _MERGE, _MERGE_WAIT, "", cases=(MANY,)),
     Mutant("merge ends without having waited", _MERGE, _MERGE_END + "        ptx.griddepcontrol_wait()\n", _MERGE_END, cases=(PAIR,)),
     Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, cases=(MANY,),
