@@ -21,12 +21,10 @@ from unittest import mock
 if TYPE_CHECKING:
     from mla_numba.host.launch import KernelSpec
 
-VARIANTS = tuple((dtype, page_size, cluster_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128)
-                 for cluster_size in (1, 2))
+VARIANTS = tuple((dtype, page_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128))
 # Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
 HARMFUL_WARNINGS = ("C7504", "C7508", "C7509", "C7510", "C7514")
-OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "UTMALDG.4D.MULTICAST", "UTMAPF", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL",
-           "STL")
+OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,13 @@ def inspect(spec: "KernelSpec") -> SassReport:
                       len(operations), seconds)
 
 
-def hopper_kernels(variants: Sequence[tuple[str, int, int]] = VARIANTS) -> Iterator[SassReport]:
-    """A report for the decode kernel of each (dtype, page_size, cluster_size), and for the merge kernel of each dtype."""
+def hopper_kernels(variants: Sequence[tuple[str, int]] = VARIANTS) -> Iterator[SassReport]:
+    """A report for the decode kernel of each (dtype, page_size), and for the merge kernel of each dtype."""
     from mla_numba.host.hopper import decode_spec, merge_spec
 
     for variant in variants:
         yield inspect(decode_spec(*variant))
-    for dtype in dict.fromkeys(dtype for dtype, _, _ in variants):
+    for dtype in dict.fromkeys(dtype for dtype, _ in variants):
         yield inspect(merge_spec(dtype))
 
 

@@ -37,7 +37,7 @@ class TensorMap:
     dtype: str = "bfloat16"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effect:
     """A kernel and what it does, bit for bit.
 

@@ -39,9 +39,8 @@ def test_what_the_decode_kernel_compiles_to(variant):
     assert report.opcodes["HGMMA"] == 4 * 36 + 10 * 4
     # A wait after each would be a serialised schedule.
     assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
-    # Q's tiles at 2 places; loops over the tiles of a side at 5, with multicast in a cluster.
+    # Q's tiles at 2 places; loops over the tiles of a side at 5.
     assert report.opcodes["UTMALDG"] == 2 * 9 + 5
-    assert report.opcodes["UTMALDG.4D.MULTICAST"] == (5 if variant[2] > 1 else 0)
     assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
 
 
@@ -109,22 +108,12 @@ def test_team_with_kv_heads(kv_heads, team):
 
 
 def test_arguments_are_packed_as_the_kernels_read_them():
-    spec = hopper.decode_spec("bfloat16", 64, 1)
+    spec = hopper.decode_spec("bfloat16", 64)
     assert gpu.formats(spec.types()) == "QQQqqiQQQQqqqQqqqQQQiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
 
 
 def test_boxes_are_pages_or_parts_of_them():
-    configs = {size: hopper_config.HopperConfig("bfloat16", size, 1) for size in (8, 16, 32, 64, 128, 256)}
+    configs = {size: hopper_config.HopperConfig("bfloat16", size) for size in (8, 16, 32, 64, 128, 256)}
     boxes = {size: (config.box_rows, config.pages_per_block) for size, config in configs.items()}
     assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}
-
-
-@pytest.mark.parametrize(("row_tiles", "cluster_size"), [(1, 1), (2, 2), (3, 1), (4, 2)])
-def test_row_tiles_share_loads_in_pairs(row_tiles, cluster_size):
-    assert hopper.cluster_size_of(row_tiles) == cluster_size
-
-
-def test_cluster_of_three_is_refused():
-    with pytest.raises(ValueError, match="cluster_size=3 must be 1 or 2"):
-        hopper_config.HopperConfig("bfloat16", 64, 3)

@@ -71,11 +71,6 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
     return max(range(min(row_tiles, 2), min(row_tiles, _MAX_TEAM) + 1), key=lambda team: (use(team), team))
 
 
-def cluster_size_of(row_tiles: int) -> int:
-    """Thread blocks that share what they load, of those that walk the same pieces."""
-    return 2 if row_tiles % 2 == 0 else 1
-
-
 def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs."""
     from ..kernels.hopper_config import BLOCK_M, BLOCK_N
@@ -107,11 +102,11 @@ class Device(Protocol):
 
 
 @cache
-def decode_spec(dtype: str, page_size: int, cluster_size: int) -> KernelSpec:
+def decode_spec(dtype: str, page_size: int) -> KernelSpec:
     from ..kernels import hopper_config as kernel
 
-    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size, cluster_size),), "decode_signature",
-                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True, cluster_size=cluster_size)
+    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size),), "decode_signature",
+                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True)
 
 
 @cache
@@ -189,7 +184,7 @@ def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Arr
         # A word for each 16 rows and half of the columns, 0 between launches.
         counters = device.workspace(rows // 16 * 2, stream, "counters")
         device.launch(
-            decode_spec(shape.dtype, shape.page_size, cluster_size_of(row_tiles)), (row_tiles, num_workers, shape.num_heads_kv), stream,
+            decode_spec(shape.dtype, shape.page_size), (row_tiles, num_workers, shape.num_heads_kv), stream,
             q_map, kv_map, block_table.pointer, *block_table.strides, block_table.shape[1], tables["jobs"], tables["workers"],
             tables["starts"], *results, *partials, counters, shape.heads_per_kv, int(shape.causal), schedule.config.split_blocks,
             max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)

@@ -55,7 +55,6 @@ class KernelSpec:
     num_threads: int
     smem_bytes: int         # dynamic
     fastmath: bool
-    cluster_size: int = 1   # thread blocks along x that run together
 
     @property
     def name(self) -> str:

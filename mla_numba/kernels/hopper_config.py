@@ -24,7 +24,6 @@ TILE_COLUMNS = 64                       # 128 bytes of 16-bit elements: the widt
 TILE_BYTES = 64 * 128
 NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
 LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpgroup 0; the others by warpgroup 1
-PREFETCH_BLOCKS = 2                     # so many blocks ahead of its load a tile is brought to L2; 0: not
 K_STEPS = 4                             # wgmma of 16 along a tile's 64 columns, or along a block's 64 tokens
 
 NUM_CONSUMERS = 256
@@ -82,24 +81,13 @@ Partials = namedtuple("Partials", "o lse2 counters")
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """What one compiled decode kernel is made for.
-
-    Attributes
-    ----------
-    cluster_size : int
-        1, or 2: thread blocks of neighbouring row tiles share what they load. Each loads one side of every block of K for both.
-    """
+    """What one compiled decode kernel is made for."""
 
     dtype: str
     page_size: int
-    cluster_size: int
-
-    def __post_init__(self) -> None:
-        if self.cluster_size not in (1, 2):
-            raise ValueError(f"cluster_size={self.cluster_size} must be 1 or 2: a block of K has two sides")
 
     def __str__(self) -> str:
-        return f"{self.dtype}-{self.page_size}-{self.cluster_size}"
+        return f"{self.dtype}-{self.page_size}"
 
     @property
     def box_rows(self) -> int:

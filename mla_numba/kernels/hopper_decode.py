@@ -101,7 +101,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     qk_tile, qk_last_tile, qk_even, qk_odd = products.qk_tile, products.qk_last_tile, products.qk_even, products.qk_odd
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
     pack, visible_to, hide_unseen, piece_words = softmax.pack, softmax.visible_to, softmax.hide_unseen, softmax.piece_words
-    CLUSTER_SIZE = config.cluster_size
     wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))
     o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
@@ -109,22 +108,9 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def release(base, buffer, side, lane):
-        """This warp is done with one side of a K buffer. 4 warps of each block that shares the load make the phase, producers wait."""
+        """This warp is done with one side of a K buffer. 4 warps make the phase, the producer waits."""
         if lane == 0:
-            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
-            ptx.mbarrier_arrive(mbar)
-            # And at the block that loads this side for this one.
-            if CLUSTER_SIZE > 1 and ptx.cluster_ctarank() != u32(side):
-                ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(mbar, u32(side)))
-
-    @inline
-    def sync_blocks():
-        """All threads, of the cluster if there is one."""
-        if CLUSTER_SIZE > 1:
-            ptx.barrier_cluster_arrive()
-            ptx.barrier_cluster_wait()
-        else:
-            cuda.syncthreads()
+            ptx.mbarrier_arrive(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8))
 
     @inline
     def load_rows(address):
@@ -374,18 +360,15 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.prefetch_tensormap(kv_map)
             for i in range(2 * NUM_TILES):
                 ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
-            for buffer in range(2):
-                for side in range(2):
-                    is_loader = CLUSTER_SIZE > 1 and ptx.cluster_ctarank() == u32(side)
-                    count = u32(NUM_WARPS) if is_loader else u32(NUM_WARPS // 2)
-                    ptx.mbarrier_init(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), count)
+            for i in range(2 * 2):
+                ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(NUM_WARPS // 2))
             ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
             ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))
             ptx.fence_mbarrier_init()
         if thread_idx < BLOCK_M:
             ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
         # All threads: the mbarriers and the first maximum are there.
-        sync_blocks()
+        cuda.syncthreads()
         ptx.griddepcontrol_wait()
         ptx.griddepcontrol_launch_dependents()
         if wg == 2:
@@ -402,8 +385,5 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                               lse_token_stride, empty_lse)
             consume(base, wg, thread, problem, results, Partials(o_partial, lse2_partial, counters))
-        if CLUSTER_SIZE > 1:
-            # All threads of the cluster: nobody loads into the other block, or arrives there, any more.
-            sync_blocks()
 
     return hopper_decode

@@ -50,7 +50,6 @@ from .hopper_config import (
     PIECE_SEQ_LEN,
     PIECE_SLOT,
     PIECE_SMEM,
-    PREFETCH_BLOCKS,
     Q_EMPTY_SMEM,
     Q_FULL_SMEM,
     Q_SMEM,
@@ -60,7 +59,7 @@ from .hopper_config import (
     inline,
 )
 
-i32, u16, u32, u64 = np.int32, np.uint16, np.uint32, np.uint64
+i32, u32, u64 = np.int32, np.uint32, np.uint64
 
 # Entries of a block table that the warp holds at a time, one a lane.
 WINDOW = 32
@@ -76,9 +75,6 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     would make 64 of a sum."""
     PAGE_SIZE, BOX_ROWS, PAGES_PER_BLOCK = config.page_size, config.box_rows, config.pages_per_block
     BLOCKS_PER_PAGE = max(PAGE_SIZE // BLOCK_N, 1)
-    CLUSTER_SIZE = config.cluster_size
-    # To all thread blocks of the cluster.
-    CTA_MASK = u16((1 << CLUSTER_SIZE) - 1)
     BOX_BYTES = BOX_ROWS * 128
     L2_POLICY = u64(ptx.EVICT_FIRST)
 
@@ -118,19 +114,15 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         return cuda.shfl_sync(0xFFFFFFFF, pages.window if entry < WINDOW else pages.next_window, i32(entry + lane) & i32(WINDOW - 1))
 
     @inline
-    def load_tiles(base, buffer, side, tile_begin, tile_end, turns, kv_map, kv_head, block, stop, pages, lane):
-        """Wait until the last reader of these tiles is done with their former use, then fill them; in a cluster each block fills its side
-        of both blocks' buffers, and only expects the other side."""
+    def load_tiles(base, buffer, side, tile_begin, tile_end, turns, kv_map, kv_head, block, pages, lane):
+        """Wait until the last reader of these tiles is done with their former use, then fill them."""
         # Opaque, lest the addresses of tiles and boxes be kept in registers across the loops.
         base, lane = ptx.opaque_b32(base), i32(ptx.opaque_b32(u32(lane)))
-        # 4 warps of warpgroup `side` arrived, of every block that this one loads for; the phase before the use's own.
+        # 4 warps of warpgroup `side` arrived; the phase before the use's own.
         ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))
         cuda.syncwarp()
         # Each of the first lanes loads a box, of a page of its own.
         page, row = page_of_lane(pages, block, lane), first_row(block)
-        loads = lane < PAGES_PER_BLOCK
-        if CLUSTER_SIZE > 1:
-            loads = loads and ptx.cluster_ctarank() == u32(side)
         # A loop that stays one: its counter is opaque. Unrolled, its addresses would cost registers.
         tile = u32(tile_begin)
         while tile < tile_end:
@@ -139,22 +131,10 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             if lane == 0:
                 # The only arrival; the phase completes with the tile's last byte.
                 ptx.mbarrier_arrive_expect_tx(full, u32(TILE_BYTES))
-            if loads:
+            if lane < PAGES_PER_BLOCK:
                 place = base + u32(K0_SMEM + buffer * NUM_TILES * TILE_BYTES) + tile * u32(TILE_BYTES) + u32(lane) * u32(BOX_BYTES)
-                x = i32(tile * u32(TILE_COLUMNS))
-                if CLUSTER_SIZE > 1:
-                    ptx.tma_load_4d_multicast(place, kv_map, full, x, row, kv_head, page, CTA_MASK, L2_POLICY)
-                else:
-                    ptx.tma_load_4d(place, kv_map, full, x, row, kv_head, page, L2_POLICY)
+                ptx.tma_load_4d(place, kv_map, full, i32(tile * u32(TILE_COLUMNS)), row, kv_head, page, L2_POLICY)
             tile = ptx.opaque_b32(tile + u32(1))
-        if PREFETCH_BLOCKS > 0 and i32(block + PREFETCH_BLOCKS) < stop:
-            page, row = page_of_lane(pages, block + PREFETCH_BLOCKS, lane), first_row(block + PREFETCH_BLOCKS)
-            if loads:
-                tile = u32(tile_begin)
-                while tile < tile_end:
-                    ptx.nounroll()
-                    ptx.tma_prefetch_4d(kv_map, i32(tile * u32(TILE_COLUMNS)), row, kv_head, page, L2_POLICY)
-                    tile = ptx.opaque_b32(tile + u32(1))
 
     @inline
     def load_work(tables, column):
@@ -225,8 +205,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             end_block = load_i32(job, JOB_NUM_BLOCKS)
             if turns >> u32(JOBS_TURN) == 0:
                 end_block = load_work(tables, END_BLOCK)
-            # A block of a cluster goes along wherever one of them has rows.
-            more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows
+            more = i32(row_begin + tile_idx() * BLOCK_M) < num_rows
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
                 begin = block
@@ -240,17 +219,17 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                     if first_page(block) >= i32(pages.first + WINDOW):
                         first = i32(pages.first + WINDOW)
                         pages = Pages(first, pages.next_window, load_page_ids(tables, job, i32(first + WINDOW), lane))
-                    load_tiles(base, 0, 0, 0, LEFT_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
+                    load_tiles(base, 0, 0, 0, LEFT_TILES, turns, kv_map, kv_head, block, pages, lane)
                     if block == begin:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, pages, lane)
                         if turns & u32(1 << LATER_TURN) != 0:
                             produce_piece(base, tables, turns, begin, stop, job, heads_per_kv, kv_head, lane)
                     if odd < stop:
-                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, odd, stop, pages, lane)
+                        load_tiles(base, 1, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, odd, pages, lane)
                     if block > begin:
-                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, stop, pages, lane)
+                        load_tiles(base, 0, 1, LEFT_TILES, NUM_TILES, turns, kv_map, kv_head, block, pages, lane)
                     if odd < stop:
-                        load_tiles(base, 1, 0, 0, LEFT_TILES, turns, kv_map, kv_head, odd, stop, pages, lane)
+                        load_tiles(base, 1, 0, 0, LEFT_TILES, turns, kv_map, kv_head, odd, pages, lane)
                         turns = u32(turns ^ u32(1 << 1))
                     turns = u32(turns ^ u32(1 << 0))
                     block = i32(block + 2)

@@ -17,7 +17,6 @@ _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before
 ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
-CLUSTER = (MLACase(seq_lens=(300, 129), num_heads_q=128, values="rising"), 2)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
@@ -121,8 +120,8 @@ MUTANTS = (
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
     Mutant("block goes on before the mbarriers are there", _DECODE, *_without("        cuda.syncthreads()")),
-    Mutant("buffer freed by three warps", _DECODE, "else u32(NUM_WARPS // 2)", "else u32(NUM_WARPS // 2 - 1)"),
-    Mutant("buffer freed by five warps", _DECODE, "else u32(NUM_WARPS // 2)", "else u32(NUM_WARPS // 2 + 1)"),
+    Mutant("buffer freed by three warps", _DECODE, "8 * i), u32(NUM_WARPS // 2)", "8 * i), u32(NUM_WARPS // 2 - 1)"),
+    Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2)", "8 * i), u32(NUM_WARPS // 2 + 1)"),
     Mutant("Q freed by seven warps", _DECODE, "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))",
            "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS - 1))", cases=(SEVERAL,)),
     Mutant("half of a tile's bytes expected", _LOAD, "expect_tx(full, u32(TILE_BYTES))", "expect_tx(full, u32(TILE_BYTES // 2))"),
@@ -151,16 +150,6 @@ MUTANTS = (
            also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
-    Mutant("loader does not wait for the other block", _DECODE, "u32(NUM_WARPS) if is_loader", "u32(NUM_WARPS // 2) if is_loader",
-           (CLUSTER,)),
-    Mutant("other block not told", _DECODE, "ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(mbar, u32(side)))", "pass", (CLUSTER,)),
-    Mutant("wrong block told", _DECODE, "ptx.mapa_shared_cluster(mbar, u32(side))", "ptx.mapa_shared_cluster(mbar, u32(1 - side))",
-           (CLUSTER,)),
-    Mutant("blocks of a cluster begin apart", _DECODE, "first maximum are there.\n        sync_blocks()\n",
-           "first maximum are there.\n        cuda.syncthreads()\n", (CLUSTER,)),
-    Mutant("block of a cluster ends before the other", _DECODE, *_without("            sync_blocks()"), cases=(CLUSTER,)),
-    Mutant("loads go to the loader alone", _LOAD, "u16((1 << CLUSTER_SIZE) - 1)", "u16(1)", (CLUSTER,)),
-    Mutant("a side too many loaded", _LOAD, "loads and ptx.cluster_ctarank() == u32(side)", "loads", (CLUSTER,)),
     Mutant("merge begins while the decode runs", _MERGE, _MERGE_WAIT, "", cases=(MANY,)),
     Mutant("merge ends without having waited", _MERGE, _MERGE_END + "        ptx.griddepcontrol_wait()\n", _MERGE_END, cases=(PAIR,)),
     Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, cases=(MANY,),
