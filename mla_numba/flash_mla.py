@@ -158,8 +158,9 @@ def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache
 
 def _metadata(shape: DecodeShape, seq_lens: ArrayView) -> tuple[Any, Any]:
     """(num_sm_parts, 8), (batch + 1,): FlashMLA's tables, where a job is a whole request, in the library of `seq_lens`."""
+    stream = stream_handle(None, seq_lens.kind, seq_lens.device)
     with on_device(seq_lens.device):
-        schedule = make_plan(choose_backend("auto", shape, seq_lens.device), shape, seq_lens, None, stream_handle(None, seq_lens),
+        schedule = make_plan(choose_backend("auto", shape, seq_lens.device), shape, seq_lens, None, stream,
                              rows_per_job=max(shape.seq_len_q * shape.heads_per_kv, 1)).schedule
         return table_like_kind(schedule.workers, seq_lens), table_like_kind(schedule.num_splits, seq_lens)
 

@@ -1,7 +1,8 @@
 """Backend `hopper`: TMA and wgmma kernels for compute capability 9.0. Arrays are described, not wrapped: a launch packs addresses."""
 
 import threading
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ _OVERHEAD_BLOCKS = 2
 _MIN_SPLIT_BLOCKS = 2
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
+# Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.
+_MAX_KEPT = 256
 # ex2.approx flushes smaller ones, and 0 times the infinity that hides a token would be no number.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
@@ -126,73 +129,118 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
-def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device, stream: int) -> int:
-    """Tensor map of q as (packed rows, KV heads, q batches). Packed rows are token by token, head by head; where q's strides have no
-    such axis, or suit no TMA, q is copied first."""
+def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int, int], int]:
+    """How a q that lies as this one, at any address, gets its tensor map: a function of its address and the stream.
+
+    The map is of (packed rows, KV heads, q batches). Packed rows are token by token, head by head; where q's strides have no such axis,
+    or suit no TMA, q is copied first."""
     from ..kernels.hopper_config import BLOCK_M, TILE_COLUMNS
 
     q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
     batch_stride, token_stride, head_stride = q.strides[:3]
-    address, group_stride = q.pointer, heads * head_stride
+    group_stride, num_floats = heads * head_stride, q.size // 2
+    sizes, box = (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), (TILE_COLUMNS, BLOCK_M, 1, 1)
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
-    if not packed or address % 16 or head_stride % 16 or batch_stride % 16 or min(head_stride, batch_stride) < 0:
-        source = Strided(address, (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK),
-                         (batch_stride, token_stride, group_stride, head_stride, 2), q.owner)
-        head_stride = 2 * HEAD_DIM_QK
-        group_stride, batch_stride = tokens * heads * head_stride, kv_heads * tokens * heads * head_stride
-        address = device.workspace(q.size // 2, stream, "q")
-        device.copy(Strided(address, source.shape, (batch_stride, heads * head_stride, group_stride, head_stride, 2)), source, stream)
+    fits = packed and head_stride % 16 == 0 and batch_stride % 16 == 0 and min(head_stride, batch_stride) >= 0
     # TMA takes no stride of 0; that of an axis of one does not matter.
     strides = (head_stride or 16, group_stride or 16, batch_stride or 16)
-    return device.tensor_map(shape.dtype, address, (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), strides,
-                             (TILE_COLUMNS, BLOCK_M, 1, 1))
+    row = 2 * HEAD_DIM_QK
+    copy_strides = (row, tokens * heads * row, kv_heads * tokens * heads * row)
+    five = (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK)
+    source_strides = (batch_stride, token_stride, group_stride, head_stride, 2)
+    destination_strides = (copy_strides[2], heads * row, copy_strides[1], row, 2)
+
+    @lru_cache(maxsize=_MAX_KEPT)
+    def tensor_map(address: int, strides: tuple[int, int, int]) -> int:
+        return device.tensor_map(shape.dtype, address, sizes, strides, box)
+
+    def copying_if_needed(address: int, stream: int) -> int:
+        if fits and address % 16 == 0:
+            return tensor_map(address, strides)
+        copied = device.workspace(num_floats, stream, "q")
+        device.copy(Strided(copied, five, destination_strides), Strided(address, five, source_strides), stream)
+        return tensor_map(copied, copy_strides)
+
+    return copying_if_needed
 
 
-def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> int:
+def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Callable[[int], int]:
+    """How a cache that lies as this one, at any address that TMA takes, gets its tensor map."""
     from ..kernels.hopper_config import BLOCK_N, TILE_COLUMNS
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
-    return device.tensor_map(shape.dtype, kv_cache.pointer, (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1)),
-                             (token_stride or 16, head_stride or 16, page_stride or 16),
-                             (TILE_COLUMNS, min(shape.page_size, BLOCK_N), 1, 1))
+    sizes = (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1))
+    strides, box = (token_stride or 16, head_stride or 16, page_stride or 16), (TILE_COLUMNS, min(shape.page_size, BLOCK_N), 1, 1)
+
+    @lru_cache(maxsize=_MAX_KEPT)
+    def tensor_map(address: int) -> int:
+        return device.tensor_map(shape.dtype, address, sizes, strides, box)
+
+    return tensor_map
 
 
-def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
-           lse: ArrayMemory, softmax_scale: float, empty_lse: float, stream: int, device: Device | None = None) -> None:
+class Launch(Protocol):
+    """Of a decode whose arrays are at these addresses, on a stream; by the tables of a plan like the one it was prepared for."""
+
+    def __call__(self, schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None: ...
+
+
+def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
+            lse: ArrayMemory, softmax_scale: float, empty_lse: float, device: Device | None = None) -> Launch:
+    """All that follows from how the arrays lie, done once for calls that differ in addresses, stream and lengths only.
+
+    What it returns holds on to none of the arrays.
+    """
     from ..kernels.hopper_config import BLOCK_M
 
     if device is None:
         from .gpu import gpu
 
         device = gpu(q.device or 0)
-    kv_map = _kv_map(shape, kv_cache, device)
-    num_workers, rows_per_job = schedule.config.num_workers, schedule.config.rows_per_job
-    tables, row_tiles = schedule.addresses, rows_per_job // BLOCK_M
-    rows = max(schedule.num_slots, 1) * shape.num_heads_kv * rows_per_job
-    with _launch_lock:
-        q_map = _q_map(shape, q, device, stream)
-        out_address, out_strides = out.pointer, out.strides[:3]
-        # The kernels store 16 bytes of a row at a time.
-        copied_out = out_address % 16 != 0 or any(stride % 16 for stride in out_strides)
-        if copied_out:
-            out_address, out_strides = device.workspace(out.size // 2, stream, "out"), _c_strides(out.shape)
-        results = (out_address, *out_strides, lse.pointer, *lse.strides)
+    q_map, kv_map = _q_map(shape, q, device), _kv_map(shape, kv_cache, device)
+    num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
+    num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
+    rows = max(num_slots, 1) * num_kv_heads * rows_per_job
+    kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size), merge_spec(shape.dtype)
+    # About as many thread blocks of the merge as the SMs hold together.
+    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (3 * device.num_sms, 1, 1)
+    table_words = (*block_table.strides, block_table.shape[1])
+    words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
+    merge_words = (row_tiles, num_kv_heads, heads_per_kv, empty_lse)
+    out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
+    # The kernels store 16 bytes of a row at a time.
+    out_fits = all(stride % 16 == 0 for stride in out_strides)
+
+    @lru_cache(maxsize=_MAX_KEPT)
+    def workspaces(stream: int) -> tuple[int, int, int]:
         # O, and lse2 once for each half of the columns.
         o_partial = device.workspace(rows * (HEAD_DIM_V + 2), stream, "partials")
-        partials = (o_partial, o_partial + rows * HEAD_DIM_V * 4)
         # A word for each 16 rows and half of the columns, 0 between launches.
-        counters = device.workspace(rows // 16 * 2, stream, "counters")
-        device.launch(
-            decode_spec(shape.dtype, shape.page_size), (row_tiles, num_workers, shape.num_heads_kv), stream,
-            q_map, kv_map, block_table.pointer, *block_table.strides, block_table.shape[1], tables["jobs"], tables["workers"],
-            tables["starts"], *results, *partials, counters, shape.heads_per_kv, int(shape.causal), schedule.config.split_blocks,
-            max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
-        if schedule.num_slots > 0:
-            # About as many thread blocks as the SMs hold together.
-            device.launch(merge_spec(shape.dtype), (3 * device.num_sms, 1, 1), stream, tables["merges"], tables["totals"], *partials,
-                          *results, row_tiles, shape.num_heads_kv, shape.heads_per_kv, empty_lse)
-        if copied_out:
-            five = (*out.shape[:3], 1, HEAD_DIM_V)
-            device.copy(Strided(out.pointer, five, (*out.strides[:3], 0, 2), out.owner),
-                        Strided(out_address, five, (*out_strides, 0, 2)), stream)
+        return o_partial, o_partial + rows * HEAD_DIM_V * 4, device.workspace(rows // 16 * 2, stream, "counters")
+
+    def launch(schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None:
+        tables = schedule.addresses
+        with _launch_lock:
+            o_partial, lse2_partial, counters = workspaces(stream)
+            copies_out = not out_fits or out % 16 != 0
+            written, strides = out, out_strides
+            if copies_out:
+                written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
+            results = (written, *strides, lse, *lse_strides)
+            device.launch(kernel, grid, stream, q_map(q, stream), kv_map(kv_cache), block_table, *table_words, tables["jobs"],
+                          tables["workers"], tables["starts"], *results, o_partial, lse2_partial, counters, *words)
+            if num_slots > 0:
+                device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, lse2_partial, *results,
+                              *merge_words)
+            if copies_out:
+                five = (*out_shape[:3], 1, HEAD_DIM_V)
+                device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*strides, 0, 2)), stream)
+
+    return launch
+
+
+def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
+           lse: ArrayMemory, softmax_scale: float, empty_lse: float, stream: int, device: Device | None = None) -> None:
+    launch = prepare(shape, schedule, q, kv_cache, block_table, out, lse, softmax_scale, empty_lse, device)
+    launch(schedule, stream, q.pointer, kv_cache.pointer, block_table.pointer, out.pointer, lse.pointer)

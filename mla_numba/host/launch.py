@@ -28,9 +28,6 @@ class ArrayMemory(Protocol):
     @property
     def device(self) -> int | None: ...
 
-    @property
-    def owner(self) -> Any: ...
-
 
 class Strided(NamedTuple):
     """16-bit elements in device memory, five axes; strides in bytes."""
@@ -38,7 +35,6 @@ class Strided(NamedTuple):
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    owner: Any = None       # keeps the memory alive
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,16 +33,17 @@ class TensorMaps:
 
     def __init__(self) -> None:
         self._buffer = 0
-        self._slots: dict[Any, int] = {}
+        # (dtype, address, sizes, strides, box): the map's address.
+        self.known: dict[Any, int] = {}
         self._lock = threading.Lock()
 
     def address(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
         """Where the map lies in device memory."""
         key = (dtype, address, sizes, strides, box)
-        known = self._slots.get(key)
-        if known is not None:
-            return known
         with self._lock:
+            known = self.known.get(key)
+            if known is not None:
+                return known
             # While a stream is captured into a graph, making a map is no part of the graph, and must be allowed.
             mode = checked(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED),
                            "cuThreadExchangeStreamCaptureMode")
@@ -52,11 +53,11 @@ class TensorMaps:
                 driver.cuThreadExchangeStreamCaptureMode(mode)
 
     def _add(self, key: Any) -> int:
-        if len(self._slots) % _NUM_SLOTS == 0:
+        if len(self.known) % _NUM_SLOTS == 0:
             # Kernels in flight and captured graphs may use any map: none is overwritten, room is added.
             self._buffer = int(checked(driver.cuMemAlloc(_NUM_SLOTS * MAP_BYTES), "cuMemAlloc"))
-        slot = self._buffer + len(self._slots) % _NUM_SLOTS * MAP_BYTES
+        slot = self._buffer + len(self.known) % _NUM_SLOTS * MAP_BYTES
         data = encode(*key)
         checked((*driver.cuMemcpyHtoD(slot, data.ctypes.data, MAP_BYTES), None), "cuMemcpyHtoD")
-        self._slots[key] = slot
+        self.known[key] = slot
         return slot

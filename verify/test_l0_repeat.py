@@ -1,0 +1,363 @@
+"""Calls that repeat an earlier one with other arrays: quick, and the same launches and errors as if it were the first.
+
+The arrays say that they are on a GPU; the driver writes down what it is to launch. Level: l0.
+"""
+
+import ctypes
+import gc
+import sys
+import threading
+import types
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numba import cuda
+
+pytestmark = pytest.mark.l0
+if cuda.config.ENABLE_CUDASIM:
+    pytest.skip("the simulator has no hopper backend", allow_module_level=True)
+
+from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, mla_decode, validate  # noqa: E402
+from mla_numba.config import DecodeShape  # noqa: E402
+from mla_numba.host import gpu, hopper  # noqa: E402
+from mla_numba.host.schedule import Schedule  # noqa: E402
+from mla_numba.host.tensor_map import TensorMaps  # noqa: E402
+
+_BF16 = ml_dtypes.bfloat16
+_BATCH, _HEADS, _PAGES = 2, 16, 4
+_MB = 2**20
+
+
+class _CupyArray:
+    """As CuPy's: memory at an address that nobody reads."""
+
+    def __init__(self, address, shape, dtype=_BF16, strides=None, device=0):
+        self.shape, self.dtype, self.itemsize = shape, np.dtype(dtype), np.dtype(dtype).itemsize
+        self.strides = strides or np.empty(shape, np.dtype([("", self.dtype)])).strides
+        self.data, self.device = SimpleNamespace(ptr=address, device_id=device), SimpleNamespace(id=device)
+
+
+class _TorchTensor:
+    """As torch's."""
+
+    layout = "strided"
+
+    def __init__(self, address, shape, dtype=_BF16, strides=None, device=0):
+        self._array = _CupyArray(address, shape, dtype, strides, device)
+        self.shape, self.dtype, self.is_cuda = shape, f"torch.{np.dtype(dtype).name}", device >= 0
+        self.device = SimpleNamespace(type="cuda" if self.is_cuda else "cpu", index=device)
+
+    def data_ptr(self):
+        return self._array.data.ptr
+
+    def stride(self):
+        return tuple(step // self._array.itemsize for step in self._array.strides)
+
+    def element_size(self):
+        return self._array.itemsize
+
+    def get_device(self):
+        return self._array.device.id
+
+
+_CupyArray.__module__, _TorchTensor.__module__ = "cupy", "torch"
+
+
+class _Library:
+    """A module `torch` or `cupy` whose arrays are new, one behind the other, and which has a current stream."""
+
+    def __init__(self, name):
+        self.name, self.array, self.next, self.stream = name, _TorchTensor if name == "torch" else _CupyArray, 2**32, 0
+        self.module = types.ModuleType(name)
+        self.module.strided = "strided"
+        self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype)
+        self.module.empty = self.new
+        for dtype in ("bfloat16", "float32"):
+            setattr(self.module, dtype, dtype)
+        self.module._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: self.stream)
+        self.module.cuda = SimpleNamespace(Device=lambda device: nullcontext(),
+                                           get_current_stream=lambda device: SimpleNamespace(ptr=self.stream))
+
+    def new(self, shape, dtype):
+        self.next += _MB
+        return self.array(self.next, shape, dtype)
+
+    def inputs(self, base=_MB, **changes):
+        arrays = dict(q=self.array(base, (_BATCH, 1, _HEADS, 576)), kv_cache=self.array(base + _MB, (_PAGES, 64, 1, 576)),
+                      block_table=self.array(base + 2 * _MB, (_BATCH, 3), np.int32),
+                      seq_lens=self.array(base + 3 * _MB, (_BATCH,), np.int32))
+        return {**arrays, **changes}
+
+
+class _Driver:
+    """cuda.bindings.driver, but for what it takes a GPU to do."""
+
+    def __init__(self, real):
+        self._real, self.current, self.launches = real, 1, []
+        self.cuCtxGetCurrent = lambda: (0, self.current)
+        self.cuLaunchKernelEx = lambda config, function, arguments, _: (self._launch(config, function, arguments),)
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def _launch(self, config, spec, arguments):
+        pointers = (ctypes.c_uint64 * len(spec.types().args)).from_address(arguments)
+        words = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
+        grid = config.gridDimX, config.gridDimY, config.gridDimZ
+        self.launches.append((spec.name, self.current, int(config.hStream), grid, words))
+        return 0
+
+
+class _Machine:
+    """Numba's device, which `with` makes current."""
+
+    MULTIPROCESSOR_COUNT = 132
+
+    def __init__(self, driver):
+        self._driver, self._before = driver, []
+
+    def __enter__(self):
+        self._before.append(self._driver.current)
+        self._driver.current = 1
+
+    def __exit__(self, *_):
+        self._driver.current = self._before.pop()
+
+
+class _Run:
+    """`mla_decode` with a driver that writes down launches; `validated` counts the calls that went the long way."""
+
+    def __init__(self, library, monkeypatch):
+        self.library = _Library(library)
+        self.driver = _Driver(gpu.driver)
+        monkeypatch.setitem(sys.modules, library, self.library.module)
+        monkeypatch.setattr(gpu, "driver", self.driver)
+        memory = iter(range(2**40, 2**50, 2**34))
+        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(
+            gpus=[_Machine(self.driver)],
+            to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
+        monkeypatch.setattr(gpu, "load_kernel", lambda spec, device_idx: spec)
+        monkeypatch.setattr(TensorMaps, "address", lambda maps, *key: hash(key) % 2**64)
+        device = gpu.Gpu(0)
+        self.copies = []
+        monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))
+        monkeypatch.setattr(gpu, "gpu", lambda device_idx: device)
+        monkeypatch.setattr(hopper, "unavailable", list)
+        monkeypatch.setattr(api, "on_device", lambda device_idx: nullcontext())
+        self.validated, decode_shape = 0, validate.decode_shape
+
+        def counting(*arguments):
+            self.validated += 1
+            return decode_shape(*arguments)
+
+        monkeypatch.setattr(validate, "decode_shape", counting)
+        self.plan = self.make_plan()
+        api._prepared_calls.cache_clear()
+
+    def make_plan(self, base=2**30):
+        shape = DecodeShape(_BATCH, 1, _BATCH, _HEADS, 1, 576, 512, 64, "bfloat16", causal=True, batch_invariant=False)
+        tables = (SimpleNamespace(__cuda_array_interface__={"data": (base + i * 4096, False)}) for i in range(6))
+        return Plan("hopper", shape, 0, Schedule(hopper.schedule_config(shape, 132), *tables, num_slots=8))
+
+    def __call__(self, arrays=None, plan=None, **options):
+        """(results, launches, copies) of a call."""
+        self.driver.launches, self.copies[:] = [], []
+        results = mla_decode(**(arrays or self.library.inputs()), plan=plan or self.plan, **options)
+        return results, self.driver.launches, list(self.copies)
+
+    def as_the_first(self, *arguments, **options):
+        """(launches, copies) of a call that finds nothing prepared, and leaves nothing behind."""
+        plan = options.pop("plan", None) or self.make_plan()
+        plan.__dict__["_prepared"] = []
+        begin = self.library.next
+        _, *launched = self(*arguments, plan=plan, **options)
+        self.library.next = begin
+        return launched
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def run(request, monkeypatch):
+    return _Run(request.param, monkeypatch)
+
+
+_VARIANTS = {
+    "same": lambda library: (library.inputs(), {}),
+    "other-addresses": lambda library: (library.inputs(base=64 * _MB), {}),
+    "q-to-be-copied": lambda library: (library.inputs(q=library.array(_MB + 8, (_BATCH, 1, _HEADS, 576))), {}),
+    "other-strides": lambda library: (library.inputs(q=library.array(_MB, (_BATCH, 1, _HEADS, 576), strides=(20480, 20480, 1280, 2))), {}),
+    "results-given": lambda library: (library.inputs(), dict(out=library.new((_BATCH, 1, _HEADS, 512), _BF16),
+                                                             lse=library.new((_BATCH, _HEADS, 1), np.float32))),
+    "out-to-be-copied": lambda library: (library.inputs(), dict(out=library.array(99 * _MB + 8, (_BATCH, 1, _HEADS, 512)))),
+    "softmax_scale": lambda library: (library.inputs(), dict(softmax_scale=0.5)),
+    "empty_lse": lambda library: (library.inputs(), dict(empty_lse="-inf")),
+    "stream": lambda library: (library.inputs(), dict(stream=7)),
+}
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
+def test_a_repeated_call_launches_what_a_first_one_does(run, variant):
+    run()
+    arrays, options = _VARIANTS[variant](run.library)
+    expected = run.as_the_first(arrays, **options)
+    run(arrays, **options)
+    # New results come to lie where the first call's did.
+    run.library.next -= _MB * (2 - len({"out", "lse"} & options.keys()))
+    validated = run.validated
+    results, *launched = run(arrays, **options)
+    assert run.validated == validated, "it went the long way"
+    assert launched == expected and [len(part) for part in launched] == [2, variant.endswith("to-be-copied")]
+    assert [type(result) for result in results] == [run.library.array] * 2
+    assert results[0].shape == (_BATCH, 1, _HEADS, 512) and results[1].shape == (_BATCH, _HEADS, 1)
+    assert all(result is options[name] for name, result in zip(("out", "lse"), results, strict=True) if name in options)
+
+
+def test_layers_and_steps_of_one_shape_share_what_is_prepared(run):
+    run()
+    later = run.make_plan(base=2**31)
+    expected = run.as_the_first(run.library.inputs(base=64 * _MB), plan=run.make_plan(base=2**31))
+    validated = run.validated
+    _, *launched = run(run.library.inputs(base=64 * _MB), plan=later)
+    assert run.validated == validated and launched == expected
+
+
+def test_the_current_stream_is_asked_for_each_time(run):
+    run()
+    for stream in (0, 5, 9, 5):
+        run.library.stream = stream
+        _, launches, _ = run()
+        assert {launch[2] for launch in launches} == {stream}
+    assert run.validated == 1
+
+
+def test_the_device_is_current_at_each_launch(run):
+    run()
+    run.driver.current = 99
+    _, launches, _ = run()
+    assert {launch[1] for launch in launches} == {1} and run.driver.current == 99
+
+
+_BAD = {
+    "kv_cache-misaligned": (BackendUnavailable, "TMA needs its first element", lambda lib: dict(
+        kv_cache=lib.array(2 * _MB + 2, (_PAGES, 64, 1, 576)))),
+    "seq_lens-misaligned": (ValueError, "seq_lens must be aligned", lambda lib: dict(seq_lens=lib.array(4 * _MB + 2, (_BATCH,), np.int32))),
+    "block_table-misaligned": (ValueError, "block_table must be aligned", lambda lib: dict(
+        block_table=lib.array(3 * _MB + 1, (_BATCH, 3), np.int32))),
+    "q-dtype": (TypeError, "kv_cache has dtype bfloat16, but must be float16", lambda lib: dict(
+        q=lib.array(_MB, (_BATCH, 1, _HEADS, 576), np.float16))),
+    "kv_cache-strided": (ValueError, "kv_cache has a stride of 4 bytes", lambda lib: dict(
+        kv_cache=lib.array(2 * _MB, (_PAGES, 64, 1, 576), strides=(147456, 2304, 2304, 4)))),
+    "heads": (StalePlanError, "plan was made for num_heads_q=16", lambda lib: dict(q=lib.array(_MB, (_BATCH, 1, 2 * _HEADS, 576)))),
+    "other-device": (ValueError, "kv_cache is in cuda:1, but q is in cuda:0", lambda lib: dict(
+        kv_cache=lib.array(2 * _MB, (_PAGES, 64, 1, 576), device=1))),
+    "host-memory": (ValueError, "block_table is in host memory", lambda lib: dict(block_table=np.zeros((_BATCH, 3), np.int32))),
+    "no-array": (TypeError, "kv_cache must be an array", lambda lib: dict(kv_cache=None)),
+    "out-dtype": (TypeError, "out has dtype float32", lambda lib: dict(out=lib.new((_BATCH, 1, _HEADS, 512), np.float32))),
+    "out-over-q": (ValueError, "out shares memory with q", lambda lib: dict(out=lib.array(_MB, (_BATCH, 1, _HEADS, 512)))),
+    "lse-over-out": (ValueError, "lse shares memory with out", lambda lib: dict(
+        out=lib.array(9 * _MB, (_BATCH, 1, _HEADS, 512)), lse=lib.array(9 * _MB + 64, (_BATCH, _HEADS, 1), np.float32))),
+    "causal": (StalePlanError, "plan was made for causal=True", lambda lib: dict(causal=False)),
+    "batch_invariant": (StalePlanError, "plan was made for batch_invariant=False", lambda lib: dict(batch_invariant=True)),
+    "head_dim_v": (BackendUnavailable, "head_dim_v=256", lambda lib: dict(head_dim_v=256)),
+    "causal-1": (TypeError, "causal must be True or False, got 1", lambda lib: dict(causal=1)),
+    "head_dim_v-float": (TypeError, "head_dim_v must be an integer, got 512.0", lambda lib: dict(head_dim_v=512.0)),
+    "head_dim_v-list": (TypeError, "head_dim_v must be an integer", lambda lib: dict(head_dim_v=[512])),
+    "scale-array": (TypeError, "softmax_scale must be a real number", lambda lib: dict(softmax_scale=np.ones(2))),
+    "stream": (ValueError, "stream must be a handle from 0, got -1", lambda lib: dict(stream=-1)),
+    "backend": (StalePlanError, "plan was made for backend='hopper'", lambda lib: dict(backend="simt")),
+}
+
+
+@pytest.mark.parametrize("case", _BAD)
+def test_a_bad_call_after_good_ones_says_what_is_wrong(run, case, monkeypatch):
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", list)
+    monkeypatch.setattr("mla_numba.host.simt.unsupported", lambda shape: [])
+    error, match, changes = _BAD[case]
+    given = dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
+    for _ in range(2):
+        run()
+        run(**given)
+        run(out=given["out"])
+    with pytest.raises(error, match=match) as caught:
+        run({**run.library.inputs(), **changes(run.library)})
+    assert type(caught.value) is error and not run.driver.launches
+    assert len(run()[1]) == 2
+
+
+def test_results_that_lie_between_the_inputs_rows_are_taken_each_time(run):
+    """As ranges they overlap; as elements they do not."""
+    q = run.library.array(_MB, (_BATCH, 1, _HEADS, 576), strides=(_HEADS * 4096, 4096, 4096, 2))
+    out = run.library.array(_MB + 2048, (_BATCH, 1, _HEADS, 512), strides=(_HEADS * 4096, 4096, 4096, 2))
+    for _ in range(40):
+        results, launches, _ = run(run.library.inputs(q=q), out=out)
+        assert results[0] is out and len(launches) == 2
+    assert len(run.plan._prepared) == 1
+
+
+def test_a_bounded_number_of_calls_is_kept(run):
+    for i in range(100):
+        run(softmax_scale=i / 100)
+    assert len(run.plan._prepared) == api._MAX_PREPARED_CALLS
+
+
+def test_no_array_is_kept_alive(run):
+    arrays = run.library.inputs()
+    given = dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
+    for options in (given, {}, given, {}):
+        results, _, _ = run(arrays, **options)
+    alive = [weakref.ref(array) for array in (*arrays.values(), *given.values(), *results)]
+    del arrays, given, results, options
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+
+
+def test_values_are_checked_each_time(run, monkeypatch):
+    run()
+    checked = []
+    monkeypatch.setattr(api, "_check_values", lambda *arguments: checked.append(arguments))
+    for _ in range(3):
+        run(check_values=True)
+    assert len(checked) == 3 and run.validated == 4
+
+
+def test_flash_mla_repeats_too(run):
+    arrays = run.library.inputs()
+    meta = flash_mla.FlashMLASchedMeta(have_initialized=True, plan=run.plan)
+    for _ in range(3):
+        flash_mla.flash_mla_with_kvcache(arrays["q"], arrays["kv_cache"], arrays["block_table"], arrays["seq_lens"], 512, meta, causal=True)
+    assert run.validated == 1
+    with pytest.raises(ValueError, match="k_cache has 3 dimensions"):
+        flash_mla.flash_mla_with_kvcache(arrays["q"], run.library.array(_MB, (_PAGES, 64, 576)), arrays["block_table"], arrays["seq_lens"],
+                                         512, meta, causal=True)
+
+
+def test_threads_do_not_mix_up_their_launches(run):
+    """Each thread has inputs and a stream of its own; a launch of arguments from two calls, or a merge behind a foreign decode, shows."""
+    num_threads, num_calls = 4, 50
+    run()
+    calls = [(run.library.inputs(base=(i + 1) * 64 * _MB), dict(stream=i + 1, out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16),
+                                                              lse=run.library.new((_BATCH, _HEADS, 1), np.float32)))
+             for i in range(num_threads)]
+    expected = {options["stream"]: run.as_the_first(arrays, **options)[0] for arrays, options in calls}
+    run.driver.launches = []
+
+    def repeat(arrays, options):
+        for _ in range(num_calls):
+            mla_decode(**arrays, plan=run.plan, **options)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=repeat, args=call) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(run.driver.launches) == 2 * num_threads * num_calls
+    for decode, merge in zip(run.driver.launches[::2], run.driver.launches[1::2], strict=True):
+        assert [decode, merge] == expected[decode[2]]
