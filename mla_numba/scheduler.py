@@ -8,8 +8,8 @@ The work of a batch is laid end to end on one axis, job after job, each job `ove
 
 A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
 at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. The
-share is the average plus one overhead, and grows where earlier workers stopped short, so the last worker is never left with the
-rest. Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
+share is the least that suffices; it is found by trying, from the average up, on the device by a thread each. Under `split_blocks`
+(batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
 queries, and time: one thread takes a step per worker, by galloping search, where FlashMLA's takes one per request.
@@ -35,10 +35,14 @@ NOT_SPLIT = -1
 # end_job is inclusive, end_block exclusive.
 BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
 WORKER_COLUMNS = 8
-# Columns of the merge table, int32 (max_jobs, MERGE_COLUMNS): a row per job of MERGE_LEAST_PARTS pieces or more, with all that
-# merging them needs. (Of two pieces the later one's worker can merge both as it ends.)
+# Columns of the merge table, int32 (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS): of each job of MERGE_LEAST_PARTS pieces or more as
+# many rows, equal but for the share, as thread blocks should share what one does of a job in few pieces: 1, 2, 4 or 8, so that each
+# has `merge_share_parts` pieces or fewer, if it can be. A row has all that merging needs. (Of two pieces the later one's worker can merge
+# both as it ends.)
 MERGE_LEAST_PARTS = 3
-MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN = range(6)
+MERGE_MAX_SHARES = 8
+(MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN, MERGE_SHARE,
+ MERGE_NUM_SHARES) = range(8)
 MERGE_COLUMNS = 8
 # Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number.
 # `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); rows of
@@ -130,23 +134,24 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return begin + room
 
     @jit
-    def _place_workers(workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
-        """BEGIN_JOB, BEGIN_BLOCK and BEGIN_SPLIT of every worker."""
+    def _walk(share, workers, record, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+        """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. With `record`
+        write BEGIN_JOB, BEGIN_BLOCK and BEGIN_SPLIT of every worker."""
         num_workers = workers.shape[0]
-        average = (axis[num_jobs] + num_workers - 1) // num_workers
-        least = max(average, min_split_blocks) + overhead_blocks
         job, block, split = 0, 0, 0
         for worker in range(num_workers):
-            workers[worker, BEGIN_JOB] = job
-            workers[worker, BEGIN_BLOCK] = block
-            workers[worker, BEGIN_SPLIT] = split
+            if record:
+                workers[worker, BEGIN_JOB] = job
+                workers[worker, BEGIN_BLOCK] = block
+                workers[worker, BEGIN_SPLIT] = split
             if job == num_jobs:
-                continue
+                if record:
+                    continue
+                return True
+            # What is left of a job that another worker began costs the overhead again.
             position = axis[job] + block
-            left = num_workers - worker
-            share = max(least, (axis[num_jobs] - position + left - 1) // left + overhead_blocks)
-            if left == 1:
-                share = axis[num_jobs] - position
+            if worker == num_workers - 1:
+                return axis[num_jobs] - position <= share
             end = _last_fitting(axis, job, num_jobs, position + share)
             begin_block = block if end == job else 0
             room = position + share - axis[end] - begin_block - overhead_blocks
@@ -156,7 +161,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             num_blocks = jobs[end, JOB_NUM_BLOCKS]
             stop = _cut_in_job(begin_block, max(room, 0), num_blocks, min_split_blocks, split_blocks)
             if end == job and stop <= begin_block:
-                stop = min(begin_block + max(split_blocks, min_split_blocks), num_blocks)
+                stop = min(begin_block + split_blocks, num_blocks)
             if stop >= num_blocks:
                 job, block, split = end + 1, 0, 0
             elif split_blocks > 0:
@@ -164,6 +169,24 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             else:
                 split = split + 1 if end == job else int(stop > 0)
                 job, block = end, stop
+        return True
+
+    @jit
+    def _least_share(thread, num_threads, sums, workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+        """The least share in which all work fits, found by the threads together. A worker leaves less than an overhead and a piece of
+        its share unused, and may pay the overhead twice, so that the largest candidate surely does."""
+        num_workers = workers.shape[0]
+        least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
+        most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks)
+        share = least + thread
+        while share < most and not _walk(share, workers, False, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+            share += num_threads
+        sums[thread] = share
+        sync()
+        for t in range(num_threads):
+            most = min(most, sums[t])
+        sync()
+        return most
 
     @jit
     def _extra_splits(workers, job, num_blocks, split_blocks):
@@ -197,15 +220,25 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         workers[worker, WORKER_COLUMNS - 1] = 0
 
     @jit
-    def _fill_merge(merges, row, jobs, job):
+    def _merge_shares(num_parts, merge_share_parts):
+        """Rows that a job of so many pieces has in the merge table."""
+        if num_parts < MERGE_LEAST_PARTS:
+            return 0
+        shares = 1
+        while shares < MERGE_MAX_SHARES and num_parts > shares * merge_share_parts:
+            shares *= 2
+        return shares
+
+    @jit
+    def _fill_merge(merges, row, jobs, job, share, num_shares):
         merges[row, MERGE_FIRST_SLOT] = jobs[job, JOB_FIRST_SLOT]
         merges[row, MERGE_NUM_PARTS] = jobs[job, JOB_NUM_PARTS]
         merges[row, MERGE_Q_BATCH] = jobs[job, JOB_Q_BATCH]
         merges[row, MERGE_Q_BEGIN] = jobs[job, JOB_Q_BEGIN]
         merges[row, MERGE_Q_LEN] = jobs[job, JOB_Q_LEN]
         merges[row, MERGE_ROW_BEGIN] = jobs[job, JOB_ROW_BEGIN]
-        for column in range(MERGE_ROW_BEGIN + 1, MERGE_COLUMNS):
-            merges[row, column] = 0
+        merges[row, MERGE_SHARE] = share
+        merges[row, MERGE_NUM_SHARES] = num_shares
 
     @jit
     def _scan(thread, num_threads, sums, value):
@@ -223,7 +256,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, jobs, axis, num_splits, workers, starts, merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, num_splits, workers, starts,
+              merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -262,8 +296,9 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
+        share = _least_share(thread, num_threads, sums, workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
         if thread == 0:
-            _place_workers(workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+            _walk(share, workers, True, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
         sync()  # every worker has its beginning
 
         extra = 0
@@ -292,17 +327,15 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             jobs[job, JOB_NUM_PARTS] = num_parts
             if num_parts > 1:
                 jobs[job, JOB_FIRST_SLOT] = slot_of(num_splits, job, 0)
-            count += int(num_parts >= MERGE_LEAST_PARTS)
+            count += _merge_shares(num_parts, merge_share_parts)
         row, total_merges = _scan(thread, num_threads, sums, count)
         for job in range(begin, end):
-            if jobs[job, JOB_NUM_PARTS] >= MERGE_LEAST_PARTS:
-                _fill_merge(merges, row, jobs, job)
+            num_shares = _merge_shares(jobs[job, JOB_NUM_PARTS], merge_share_parts)
+            for share in range(num_shares):
+                _fill_merge(merges, row, jobs, job, share, num_shares)
                 row += 1
         if thread == 0:
             totals[TOTAL_MERGES] = total_merges
-        for row in range(total_merges + thread, max_jobs, num_threads):
-            for column in range(MERGE_COLUMNS):
-                merges[row, column] = 0
         sync()  # jobs are whole
         for worker in range(thread, num_workers, num_threads):
             for column in range(JOB_COLUMNS):

@@ -3,7 +3,10 @@
 Levels: l0. Neither a GPU nor the simulator takes part.
 """
 
+import math
+
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase
 from numba import cuda
@@ -12,14 +15,19 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no Hopper kernels to take them from", allow_module_level=True)
 
+from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div  # noqa: E402
+from mla_numba.host import hopper  # noqa: E402
+from mla_numba.host.schedule import make_host_schedule  # noqa: E402
+from reference.mla import merge_states_ref  # noqa: E402
 from verify import runner  # noqa: E402
 from verify.cases import MLACase  # noqa: E402
-from verify.checks import assert_same_results  # noqa: E402
-from verify.emulator.device import decode  # noqa: E402
+from verify.checks import assert_same_results, assert_within  # noqa: E402
+from verify.emulator.device import EmulatedGpu, decode  # noqa: E402
 from verify.emulator.mutants import MANY, MUTANTS, ONE, PAIR, SEVERAL, Mutant  # noqa: E402
 from verify.emulator.pairs import PairFailure, Schedule, check, pairs  # noqa: E402
 from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
+from verify.tolerances import FUNCTION, UNIT, gamma, unit_roundoff  # noqa: E402
 
 # 200 pairs, in parts that test processes can share out.
 PARTS, PAIRS_PER_PART = 8, 25
@@ -64,9 +72,47 @@ def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACas
     """13 schedules of each case, 52 in all: no finding, and no bit depends on who came first."""
     inputs = case[0].build()
     results = [decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
-                      inputs.causal, device=Schedule(seed, case[1]).gpu()) for seed in range(13)]
+                      inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(13)]
     for seed, result in enumerate(results):
         assert_same_results(result, results[0], f"schedule {seed}")
+
+
+@pytest.mark.parametrize(("num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [
+    (3, 1, 16, 1), (8, 2, 34, 3), (9, 1, 80, 2), (16, 1, 5, 1), (17, 1, 20, 3), (33, 1, 16, 2), (132, 1, 1, 3)])
+def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int, num_sms: int) -> None:
+    """Partial results made up, some rows empty in some or all parts, against float64."""
+    heads, rng = num_heads_q // num_kv_heads, np.random.default_rng(num_parts)
+    row_tiles = ceil_div(heads, 64)
+    shape = DecodeShape(1, 1, 1, num_heads_q, num_kv_heads, 576, 512, 64, "float16", True, False)
+    config = ScheduleConfig(rows_per_job=64 * row_tiles, block_n=64, num_workers=2, overhead_blocks=1, min_split_blocks=1,
+                            split_blocks=1)
+    schedule = make_host_schedule(config, shape, np.array([64 * num_parts], np.int32), None)
+    assert schedule.num_splits[1] == num_parts
+    # (slot, KV head, row tile, half, warp of it, strip, lane's row, lane's columns, row 8 further on, column): see hopper_merge.
+    o = rng.standard_normal((schedule.num_slots, num_kv_heads, row_tiles, 2, 4, 32, 8, 4, 2, 2)).astype(np.float32)
+    lse2 = rng.normal(0, 4, (schedule.num_slots, num_kv_heads, row_tiles, 64)).astype(np.float32)
+    lse2[rng.random(lse2.shape) < 0.1] = -np.inf
+    lse2[:, :, 0, 0] = -np.inf
+    gpu = EmulatedGpu(num_parts, num_sms=num_sms)
+    out, lse = np.full((1, num_heads_q, 512), np.nan, np.float16), np.full((num_heads_q, 1), np.nan, np.float32)
+    both_halves = np.ascontiguousarray(np.broadcast_to(lse2[:, :, :, None], (*lse2.shape[:3], 2, 64)))
+    address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("out", "lse"))
+               for name, array in (("o", o), ("lse2", both_halves), ("out", out), ("lse", lse))}
+    tables = gpu.place_schedule(schedule).addresses
+    gpu.launch(hopper.merge_spec("float16"), (2 * num_sms, 1, 1), 0, tables["merges"], tables["totals"], address["o"], address["lse2"],
+               address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, ceil_div(heads, 16), num_kv_heads, heads, np.inf)
+    gpu.run()
+
+    rows = o.transpose(0, 1, 2, 4, 8, 6, 3, 5, 7, 9).reshape(schedule.num_slots, num_kv_heads, row_tiles * 64, 512)[:, :, :heads]
+    lses = math.log(2) * lse2.reshape(schedule.num_slots, num_kv_heads, -1)[:, :, :heads].astype(float)
+    states = [(rows[i].reshape(1, num_heads_q, 512), lses[i].reshape(num_heads_q, 1)) for i in range(num_parts)]
+    want, want_lse = merge_states_ref(states)
+    weighted, _ = merge_states_ref([(np.abs(part), part_lse) for part, part_lse in states])
+    # A weight is an exp2 of a rounded difference of up to 2^5; sums of num_parts products.
+    relative = 2 * FUNCTION + 2 * 2 ** 5 * UNIT + gamma(2 * num_parts + 8)
+    step, least = unit_roundoff("float16")
+    assert_within("out", out, want, relative * weighted + step * np.abs(want) + least)
+    assert_within("lse", lse, want_lse, relative + FUNCTION + 4 * UNIT * np.abs(np.where(np.isfinite(want_lse), want_lse, 0)))
 
 
 def test_failure_prints_a_line_that_runs_it_again() -> None:

@@ -136,6 +136,8 @@ def syncwarp_orders_a_warp(k):
 def syncwarp_orders_no_other_warp(k):
     def kernel():
         _store(k, k.thread)
+        k.cuda.syncthreads()
+        _store(k, k.thread)
         k.cuda.syncwarp()
         _read(k, k.thread ^ 32)
     return kernel

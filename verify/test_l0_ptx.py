@@ -51,7 +51,7 @@ def _calling(instruction):
 
 def _with_registers(text):
     """Regular expression for the instruction's text with any registers as operands and any number in labels."""
-    parts = re.split(r"(<\w+>)", re.sub(r"\s+", " ", text))
+    parts = re.split(r"(<\w+>)", re.sub(r"\s+", " ", text.replace(r"\22", '"')))
     return "".join(r"\d+" if part == "<uid>" else r"%\w+" if part.startswith("<") else re.escape(part) for part in parts)
 
 
@@ -75,9 +75,10 @@ def test_docstring_says_where_it_is_described(name):
 
 
 def test_everything_has_an_effect():
+    """But for nounroll, which is for the assembler."""
     used = set(re.findall(r"\bptx\.(\w+)", Path(ptx_kernels.__file__).read_text()))
     named = {part for effect in EFFECTS.values() for part in effect.configuration}
-    assert set(ptx.__all__) - used - named == set()
+    assert set(ptx.__all__) - used - named == {"nounroll"}
 
 
 @pytest.mark.parametrize("effect", EFFECTS.values(), ids=EFFECTS)

@@ -193,6 +193,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     What it returns holds on to none of the arrays.
     """
     from ..kernels.hopper_config import BLOCK_M
+    from ..kernels.hopper_merge import ITEM_ROWS
 
     if device is None:
         from .gpu import gpu
@@ -202,12 +203,14 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
     num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
+    # A job's rows are those of a request, or as many as its tiles have.
+    rows_in_use = rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv)
     kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size), merge_spec(shape.dtype)
     # About as many thread blocks of the merge as the SMs hold together.
-    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (3 * device.num_sms, 1, 1)
+    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (2 * device.num_sms, 1, 1)
     table_words = (*block_table.strides, block_table.shape[1])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
-    merge_words = (row_tiles, num_kv_heads, heads_per_kv, empty_lse)
+    merge_words = (row_tiles, ceil_div(rows_in_use, ITEM_ROWS), num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
     # The kernels store 16 bytes of a row at a time.
     out_fits = all(stride % 16 == 0 for stride in out_strides)

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from ..config import DecodeShape, ScheduleConfig
-from ..scheduler import JOB_COLUMNS, MERGE_COLUMNS, NUM_TOTALS, TOTAL_EXTRA_SPLITS, WORKER_COLUMNS, make_scheduler, num_partial_slots
+from ..scheduler import (
+    JOB_COLUMNS,
+    MERGE_COLUMNS,
+    MERGE_MAX_SHARES,
+    NUM_TOTALS,
+    TOTAL_EXTRA_SPLITS,
+    WORKER_COLUMNS,
+    make_scheduler,
+    num_partial_slots,
+)
 
 _build_on_host = make_scheduler(lambda function: function, lambda: None).build
 
@@ -21,7 +30,7 @@ class Schedule:
     workers: Any        # (num_workers, WORKER_COLUMNS)
     num_splits: Any     # (max_jobs + 1,), cumulative
     starts: Any         # (num_workers, JOB_COLUMNS)
-    merges: Any         # (max_jobs, MERGE_COLUMNS)
+    merges: Any         # (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), of which the first totals[TOTAL_MERGES] rows are written
     totals: Any         # (NUM_TOTALS,)
     num_slots: int      # partial results the workspace must hold
 
@@ -36,12 +45,12 @@ def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple
     max_jobs = config.max_jobs(shape)
     return {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "num_splits": (max_jobs + 1,),
             "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
-            "merges": (max_jobs, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
+            "merges": (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
 
 
 def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
-            config.overhead_blocks, config.min_split_blocks, config.split_blocks)
+            config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.merge_share_parts)
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:

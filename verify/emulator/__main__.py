@@ -16,7 +16,7 @@ from rich.table import Table
 from verify.cases import MLACase
 
 from .mutants import MUTANTS
-from .pairs import PairFailure, Schedule, check, pairs
+from .pairs import SHARE_PARTS, PairFailure, Schedule, check, pairs
 from .timeline import draw, record
 
 PROFILES = {"quick": 200, "default": 1000, "deep": 5000}
@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     replay.add_argument("case", help="'MLACase(seq_lens=(65,), ...)'")
     replay.add_argument("--seed", type=int, default=0, help="of the machine (default: %(default)s)")
     replay.add_argument("--num-sms", type=int, default=2, help="the work is cut for so many (default: %(default)s)")
-    replay.add_argument("--many-parts", action="store_true", help="short merges too take the way of long ones")
+    replay.add_argument("--share-parts", type=int, default=SHARE_PARTS, help="pieces from which on thread blocks share a merge")
     mutants = commands.add_parser("mutants", help="is every planted bug found?")
     mutants.add_argument("--name", help="only those with this in their name")
     timeline = commands.add_parser("timeline", help="draw a thread block's run")
@@ -76,7 +76,7 @@ def explore(options: argparse.Namespace, console: Console) -> int:
 
 def replay(options: argparse.Namespace, console: Console) -> int:
     try:
-        worst = check(MLACase.parse(options.case), Schedule(options.seed, options.num_sms, not options.many_parts))
+        worst = check(MLACase.parse(options.case), Schedule(options.seed, options.num_sms, options.share_parts))
     except PairFailure as failure:
         console.print(str(failure), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1

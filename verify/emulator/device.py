@@ -123,8 +123,8 @@ class EmulatedGpu:
 def decode(q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, head_dim_v: int, softmax_scale: float | None,
            causal: bool, *, cu_seqlens_q: np.ndarray | None = None, plan: Schedule | None = None, out: np.ndarray | None = None,
            lse: np.ndarray | None = None, batch_invariant: bool = False, empty_lse: str = "+inf",
-           device: EmulatedGpu | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`mla_decode(..., backend="hopper")` of NumPy arrays on an emulated GPU.
+           device: EmulatedGpu | None = None, **changes: int) -> tuple[np.ndarray, np.ndarray]:
+    """`mla_decode(..., backend="hopper")` of NumPy arrays on an emulated GPU; `changes` to how the backend wants the work cut.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def decode(q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_len
     reasons = hopper.unsupported(shape) + hopper.unsupported_layout(placed[1])
     if reasons:
         raise NotImplementedError("; ".join(reasons))
-    schedule = make_schedule(shape, seq_lens, cu_seqlens_q, device.num_sms) if plan is None else plan
+    schedule = make_schedule(shape, seq_lens, cu_seqlens_q, device.num_sms, **changes) if plan is None else plan
     out = np.full((*q.shape[:-1], head_dim_v), np.nan, q.dtype) if out is None else out
     lse = np.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), np.nan, np.float32) if lse is None else lse
     results = [device.place(view(array, name), writable=True) for array, name in ((out, "out"), (lse, "lse"))]

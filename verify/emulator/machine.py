@@ -27,6 +27,8 @@ SMEM_LIMIT = 227 * 1024
 FUSE = 40
 # The slow ones are among the first so many warps of a block.
 SLOWEST_WARP = 12
+# How often one of them gets its turn all the same, so that nobody polls in vain.
+SLOW_TURNS = 0.02
 MAX_IDLE_POLLS = 20_000
 
 
@@ -229,7 +231,7 @@ class Machine:
         self._resident: list[Block] = []
         self.event_rate = self.rng.choice((0.002, 0.02, 0.2, 0.7)) if hostile else 0.0
         self.max_resident = self.rng.choice((1, 2, 4, 1000)) if hostile else 1000
-        # Threads, by their number in a block, that get a turn only when nobody else is ready: whole warps, and some lanes of others.
+        # Threads, by their number in a block, that hardly get a turn while others are ready: whole warps, and some lanes of others.
         warps = self.rng.sample(range(SLOWEST_WARP), 3)
         whole, some = self.rng.choice(((0, 0), (1, 0), (2, 0), (0, 1), (0, 1), (1, 1)))
         self._slow = {WARP * warp + lane for warp in warps[:whole] for lane in range(WARP)}
@@ -378,7 +380,7 @@ class Machine:
         if self.timing is not None:
             return ready.pop(min(range(len(ready)), key=lambda i: ready[i].warp.now))
         i = int(self.rng.random() * len(ready))
-        if self._slow and ready[i].index in self._slow:
+        if self._slow and ready[i].index in self._slow and self.rng.random() > SLOW_TURNS:
             others = [i for i, thread in enumerate(ready) if thread.index not in self._slow]
             i = self.rng.choice(others) if others else i
         ready[i], ready[-1] = ready[-1], ready[i]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from verify.cases import MLACase
 
 from .findings import Finding
-from .pairs import PairFailure, Schedule, check
+from .pairs import FEW_SHARE_PARTS, SHARE_PARTS, PairFailure, Schedule, check
 
 _DECODE, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
     f"mla_numba.kernels.hopper_{part}" for part in ("decode", "load", "products", "softmax", "store", "merge", "config"))
@@ -18,6 +18,7 @@ ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
+FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
 
@@ -32,6 +33,7 @@ class Mutant:
     new: str
     cases: tuple[tuple[MLACase, int], ...] = (ONE, PAIR)
     also: tuple[tuple[str, str], ...] = ()
+    share_parts: int = SHARE_PARTS
 
     def run(self) -> tuple[str, str, int]:
         """(kind, message, pairs run) of the first failure; kind is "" if there was none."""
@@ -41,7 +43,7 @@ class Mutant:
             for case, num_sms in self.cases:
                 runs += 1
                 try:
-                    check(case, Schedule(seed, num_sms), edits)
+                    check(case, Schedule(seed, num_sms, self.share_parts), edits)
                 except PairFailure as failure:
                     return failure.kind, str(failure), runs
                 except Finding as finding:
@@ -71,11 +73,8 @@ _MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
-_MERGE_WAIT = ("            # The decode has ended, and its partial results are visible; the tables above are older.\n"
-               "            ptx.griddepcontrol_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
 _EVEN_STEP = "            even_step(regs, at, problem, token, all_see, parity, True, True)\n"
-_MERGE_END = "lets the next one start before the decode has ended.\n"
 _MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
                 "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
 
@@ -150,10 +149,14 @@ MUTANTS = (
            also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
-    Mutant("merge begins while the decode runs", _MERGE, _MERGE_WAIT, "", cases=(MANY,)),
-    Mutant("merge ends without having waited", _MERGE, _MERGE_END + "        ptx.griddepcontrol_wait()\n", _MERGE_END, cases=(PAIR,)),
-    Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, cases=(MANY,),
-           also=(("FEW_PARTS = 16", "FEW_PARTS = 2"),)),
-    Mutant("merge overwrites states being read", _MERGE, "                    # All warps: the states have been read.\n"
-           "                    cuda.syncthreads()\n", "", cases=(MANY,), also=(("FEW_PARTS = 16", "FEW_PARTS = 2"),)),
+    Mutant("merge begins while the decode runs", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(MANY,)),
+    Mutant("merge ends without having waited", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(PAIR,)),
+    Mutant("merge reads states that are not there", _MERGE, _STATES + "                cuda.syncthreads()\n", _STATES, (MANY,),
+           share_parts=FEW_SHARE_PARTS),
+    Mutant("merge overwrites states being read", _MERGE, "                # All warps: the states have been read.\n"
+           "                cuda.syncthreads()\n", "", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, job.num_shares, lane)",
+           "first_warp, u32(job.num_shares - u32(1)), lane)", (FIVE,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge mixes up its shares", _MERGE, "first_warp + job.share)", "first_warp + job.share % u32(1))", (MANY,),
+           share_parts=FEW_SHARE_PARTS),
 )

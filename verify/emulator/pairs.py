@@ -13,24 +13,21 @@ from .findings import Finding
 from .language import Edits
 
 DTYPES = ("bfloat16", "float16")
-# The merge kernel's other way, for jobs of many parts, with few.
-FEW_PARTS_2: Edits = {"mla_numba.kernels.hopper_merge": [("FEW_PARTS = 16", "FEW_PARTS = 2")]}
+# Pieces from which on thread blocks share a merge: as it is, and so few that short cases too see it.
+SHARE_PARTS, FEW_SHARE_PARTS = 8, 1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What decides, besides the case: the machine's chances, how many SMs the work is cut for, which way short merges go."""
+    """What decides, besides the case: the machine's chances, how many SMs the work is cut for, how merges are shared."""
 
     seed: int
     num_sms: int = 2
-    few_parts: bool = True
-
-    def gpu(self, edits: Edits | None = None) -> EmulatedGpu:
-        return EmulatedGpu(self.seed, num_sms=self.num_sms, edits=edits or (None if self.few_parts else FEW_PARTS_2))
+    share_parts: int = SHARE_PARTS
 
     @property
     def options(self) -> str:
-        return f"--seed {self.seed} --num-sms {self.num_sms}{'' if self.few_parts else ' --many-parts'}"
+        return f"--seed {self.seed} --num-sms {self.num_sms} --share-parts {self.share_parts}"
 
 
 class PairFailure(AssertionError):
@@ -42,7 +39,8 @@ class PairFailure(AssertionError):
 
 
 def pairs() -> st.SearchStrategy[tuple[MLACase, Schedule]]:
-    schedules = st.builds(Schedule, st.integers(0, 2 ** 16), st.sampled_from((1, 2, 3, 5)), st.booleans())
+    schedules = st.builds(Schedule, st.integers(0, 2 ** 16), st.sampled_from((1, 2, 3, 5)),
+                          st.sampled_from((SHARE_PARTS, FEW_SHARE_PARTS)))
     return st.tuples(mla_cases(EMULATED, ragged=True, dtypes=DTYPES), schedules)
 
 
@@ -60,7 +58,9 @@ def check(case: MLACase, schedule: Schedule, edits: Edits | None = None) -> floa
     out, lse, out_bound, lse_bound = inputs.bounds()
     try:
         got_out, got_lse = decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
-                                  inputs.causal, cu_seqlens_q=inputs.cu_seqlens_q, device=schedule.gpu(edits))
+                                  inputs.causal, cu_seqlens_q=inputs.cu_seqlens_q,
+                                  device=EmulatedGpu(schedule.seed, num_sms=schedule.num_sms, edits=edits),
+                                  merge_share_parts=schedule.share_parts)
         return max(assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
     except (Finding, AssertionError) as error:
         kind = error.kind if isinstance(error, Finding) else "wrong"
