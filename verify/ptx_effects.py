@@ -25,6 +25,8 @@ ALIGNMENT = 1024
 TENSOR_SHAPE = (3, 2, 80, 128)
 # Inside but for the last rows; over two edges; a page that there is not.
 BOXES = ((64, 40, 1, 2), (-32, -8, 0, 0), (0, 0, 0, 3))
+# Of stores: an H100 takes no negative ones.
+STORE_BOXES = ((64, 40, 1, 2), (96, 72, 0, 0), (0, 0, 0, 3))
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _tma_multicast(inputs: Arrays) -> Arrays:
 
 def _tma_store(inputs: Arrays) -> Arrays:
     tensor = inputs["tensor"].copy()
-    for box, tile in zip(BOXES, inputs["tiles"].view(np.uint16).reshape(-1, 64, 64), strict=True):
+    for box, tile in zip(STORE_BOXES, inputs["tiles"].view(np.uint16).reshape(-1, 64, 64), strict=True):
         (w, z, rows, columns), inside = _places(box)
         rows, columns = np.broadcast_arrays(rows, columns)
         tensor[w, z, rows[inside], columns[inside]] = _swizzled(tile)[inside]
@@ -376,7 +378,8 @@ _ALL = [
     Effect("tma_multicast", "make_tma_multicast", lambda rng: {"out": _unset(4 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_multicast,
            (2,), num_threads=128, num_blocks=4, cluster_size=2, smem_bytes=TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(32)),
     *(Effect(f"tma_store_{fence}", "make_tma_store",
-             lambda rng: {"tensor": _tensor(rng), "tiles": _words(rng, len(BOXES) * TILE_BYTES // 4)}, _tma_store, (BOXES, fence),
+             lambda rng: {"tensor": _tensor(rng), "tiles": _words(rng, len(STORE_BOXES) * TILE_BYTES // 4)}, _tma_store,
+             (STORE_BOXES, fence),
              num_threads=128, smem_bytes=TILE_BYTES + ALIGNMENT, tensor_maps=_tensor_map(64))
       for fence in ("fence_proxy_async_shared", "fence_proxy_async")),
     *(Effect(f"policy_{priority}", "make_policy", lambda rng: {"out": _unset(2)},

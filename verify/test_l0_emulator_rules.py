@@ -201,6 +201,14 @@ def input_written(k):
     return lambda: k.ptx.st_global_f32(k.input, f32(0))
 
 
+@broken("out of bounds", "no negative coordinates")
+def store_before_the_tensor(k):
+    def kernel():
+        if k.thread == 0:
+            k.ptx.tma_store_4d(k.base() + DATA, k.map, 0, -8, 0, 0)
+    return kernel
+
+
 @broken("misaligned", "no multiple of 4")
 def odd_address(k):
     return lambda: k.ptx.st_shared_f32(k.base() + 2, f32(0))

@@ -74,16 +74,19 @@ def test_library_in_library_out(library):
     assert_within("merged out", merged, want, bound)
 
 
-def test_any_strides():
-    """Padded, transposed and reversed CuPy arrays give the bits of contiguous ones."""
+@pytest.mark.parametrize("backend", ["simt", "auto"])
+def test_any_strides(backend):
+    """Padded, transposed and reversed CuPy arrays give the bits of contiguous ones. (Only simt reads reversed caches.)"""
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
     arrays = {name: cupy.asarray(array) for name, array in _inputs().items()}
-    out, lse = mla_decode(**arrays)
+    out, lse = mla_decode(**arrays, backend=backend)
     strided = {name: cupy.repeat(array[::-1], 2, axis=0)[::-2] for name, array in arrays.items()}
-    strided["kv_cache"] = cupy.ascontiguousarray(strided["kv_cache"].transpose(2, 1, 0, 3)[:, ::-1]).transpose(2, 1, 0, 3)[:, ::-1]
+    strided["kv_cache"] = cupy.ascontiguousarray(strided["kv_cache"].transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3)
+    if backend == "simt":
+        strided["kv_cache"] = cupy.ascontiguousarray(strided["kv_cache"][:, ::-1])[:, ::-1]
     given_out = cupy.empty((2, 3, 16, 520), out.dtype).transpose(1, 0, 2, 3)[..., :512]
-    results = mla_decode(**strided, out=given_out, check_values=True)
-    assert strided["q"].strides[0] < 0 and strided["kv_cache"].strides[1] < 0 and results[0] is given_out
+    results = mla_decode(**strided, out=given_out, check_values=True, backend=backend)
+    assert strided["q"].strides[0] < 0 and not strided["kv_cache"].flags.c_contiguous and results[0] is given_out
     assert (given_out.astype(cupy.float32) == out.astype(cupy.float32)).all() and (results[1] == lse).all()
 
 

@@ -209,11 +209,12 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
                 begin = block
+                # Asked for before Q and the piece's words, whose latencies they share: 0.5 to 0.9 us of 17 to 39 (H100).
+                first = i32(first_page(block) & i32(-WINDOW))
+                pages = Pages(first, load_page_ids(tables, job, first, lane), load_page_ids(tables, job, i32(first + WINDOW), lane))
                 # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
                 if turns & u32(1 << LATER_TURN) == 0 or stop <= block:
                     produce_piece(base, tables, turns, begin, stop, job, heads_per_kv, kv_head, lane)
-                first = i32(first_page(block) & i32(-WINDOW))
-                pages = Pages(first, load_page_ids(tables, job, first, lane), load_page_ids(tables, job, i32(first + WINDOW), lane))
                 while block < stop:
                     odd = i32(block + 1)
                     if first_page(block) >= i32(pages.first + WINDOW):

@@ -40,7 +40,8 @@ def tma_load_4d_multicast(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32
 @instruction("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [<tensor_map>, {<x>, <y>, <z>, <w>}], [<src_smem>];")
 def tma_store_4d(src_smem: u32, tensor_map: u64, x: i32, y: i32, z: i32, w: i32) -> None:
     """`cp.async.bulk.tensor.4d` to global memory: by one thread, after `fence_proxy_async_shared` and a barrier of those who wrote the
-    box; what lies outside of the tensor is not written. Done when its group is. PTX ISA 9.7.9.27.1.2."""
+    box; what lies past the tensor's end is not written. Done when its group is. Coordinates from 0: with negative ones an H100 says
+    CUDA_ERROR_ILLEGAL_INSTRUCTION. PTX ISA 9.7.9.27.1.2."""
 
 
 @instruction("cp.async.bulk.prefetch.tensor.4d.L2.global.L2::cache_hint [<tensor_map>, {<x>, <y>, <z>, <w>}], <l2_policy>;")

@@ -416,10 +416,12 @@ class Instructions:
         self._place(tensor_map, (x, y, z, w), l2_policy)
 
     def tma_store_4d(self, src_smem: int, tensor_map: int, x: int, y: int, z: int, w: int) -> None:
+        where = self._place(tensor_map, (x, y, z, w), real.EVICT_NORMAL)
+        if min(where[1]) < 0:
+            raise Finding("out of bounds", f"a store to {where[1]}: TMA stores to no negative coordinates")
         thread = self._machine.current
         copies = copies_of(thread, "bulk")
         copies.begun += 1
-        where = self._place(tensor_map, (x, y, z, w), real.EVICT_NORMAL)
         copies.begin(tma.Store(self._machine, thread, *where, src_smem & WORD, copies.begun, self._line()))
 
     def cp_async_bulk_commit_group(self) -> None:
