@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from perf.read_kernel import READ_THREADS, make_read_kernel
 from perf.timer import CudaTimer, HostTimer, Timer, host_memory_bytes, interleave, spread
 
 SAMPLES = 20
@@ -16,7 +17,6 @@ CPU_SAMPLES = 10
 
 READ_BYTES = 2**31
 RANDOM_BYTES = 2**26
-READ_THREADS = 256
 # Thread blocks per SM; the best of them counts.
 READ_BLOCKS_PER_SM = (8, 16, 32)
 # Few matmuls before: after fifty in a row the chip is at its power limit, and slower than any kernel here would find it
@@ -47,50 +47,6 @@ def _times(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> list[floa
 
 def _median(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> float:
     return spread(_times(timer, call, samples, warm_up)).median
-
-
-def _load_16_bytes() -> Any:
-    """Two int64 by one load. Numba's arrays promise an alignment of 8, so that the compiler would make two loads of it."""
-    from llvmlite import ir
-    from numba.cuda import types
-    from numba.cuda.extending import intrinsic
-
-    @intrinsic
-    def load_16_bytes(typing_context, array, index):  # noqa: ARG001
-        def generate(context, builder, signature, arguments):
-            pointer = builder.gep(context.make_array(signature.args[0])(context, builder, arguments[0]).data, [arguments[1]])
-            loaded = builder.load(builder.bitcast(pointer, ir.VectorType(ir.IntType(64), 2).as_pointer()))
-            loaded.align = 16
-            return context.make_tuple(builder, signature.return_type,
-                                      [builder.extract_element(loaded, ir.IntType(32)(half)) for half in range(2)])
-
-        return types.UniTuple(types.int64, 2)(array, index), generate
-
-    return load_16_bytes
-
-
-def make_read_kernel() -> Any:
-    """Sum of an int64 array, not yet compiled; its length must be a multiple of 8 times the threads of the grid."""
-    from numba import cuda
-
-    load = _load_16_bytes()
-    at = np.uint64
-
-    def read(source, sums):
-        step = at(2) * at(cuda.gridsize(1))
-        index = at(2) * at(cuda.grid(1))
-        total = np.int64(0)
-        # Four independent loads in flight.
-        while index < at(source.size):
-            a, b = load(source, index)
-            c, d = load(source, index + step)
-            e, f = load(source, index + at(2) * step)
-            g, h = load(source, index + at(3) * step)
-            total += (a ^ b) + (c ^ d) + (e ^ f) + (g ^ h)
-            index += at(4) * step
-        sums[cuda.grid(1)] = total
-
-    return read
 
 
 def _random_device_array(num_bytes: int) -> Any:

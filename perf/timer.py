@@ -1,8 +1,10 @@
 """Timing: one call a sample, cold L2, contenders in turn.
 
-A sample is [write the flush buffer] [event] [call] [event] on one stream. The buffer is several times the last-level cache, and it is
-written as often as it takes to keep the device busy while the host queues the call: otherwise the time between the events would be the
-host's. Contenders take turns sample by sample, each round beginning with another one, so that clocks and temperature are the same for all.
+A sample is [flush] [event] [call] [event] on one stream. A flush writes a buffer several times the last-level cache, then reads a part of
+it that is no longer there: the cache is left cold, and clean. (Lines left dirty would be written back while the call runs, or not,
+as its loads' priorities have it: 404 us became 427 with evict_first loads, 410 became 412 without, H100.) It is repeated as often as it
+takes to keep the device busy while the host queues the call: otherwise the time between the events would be the host's. Contenders take
+turns sample by sample, each round beginning with another one, so that clocks and temperature are the same for all.
 """
 
 import math
@@ -15,11 +17,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from perf.read_kernel import READ_THREADS, make_read_kernel
+
 Call = Callable[[], Any]
 
 MIN_SAMPLES = 20
 # The flush buffer in last-level caches. Four would do for the cache; sixteen of an H200's take 0.25 ms, which most hosts need no longer.
 FLUSH_CACHES = 16
+# Of it, what is read: enough to push out all that was written last.
+CLEAN_CACHES, CLEAN_BLOCKS_PER_SM = 4, 16
 # Calls for the host's cost: enough for a mean, few enough for the device's queue of 1,024 launches.
 HOST_CALLS, LEAST_HOST_CALLS, HOST_CALLS_US = 20, 5, 50_000
 
@@ -90,16 +96,24 @@ class CudaTimer:
 
     def __init__(self) -> None:
         from numba import cuda
+        from numba.cuda import types
 
         self._cuda = cuda
         self._stream = cuda.legacy_default_stream()
         self.flush_bytes = FLUSH_CACHES * int(cuda.get_current_device().L2_CACHE_SIZE)
         self._buffer = cuda.device_array(self.flush_bytes, np.uint8)
+        blocks = CLEAN_BLOCKS_PER_SM * int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+        whole = 8 * blocks * READ_THREADS
+        first = self._buffer.view(np.int64)[:CLEAN_CACHES * self.flush_bytes // FLUSH_CACHES // 8 // whole * whole]
+        sums = cuda.device_array(blocks * READ_THREADS, np.int64)
+        read = cuda.jit(types.void(types.int64[::1], types.int64[::1]))(make_read_kernel())[blocks, READ_THREADS, self._stream]
+        self._read = lambda: read(first, sums)
         self._flush_us = 1.0
         self._flush_us = float(np.median([self._time_flush() for _ in range(5)]))
 
     def _flush(self) -> None:
         self._cuda.cudadrv.driver.device_memset(self._buffer, 0, self.flush_bytes, self._stream)
+        self._read()
 
     def _time_flush(self) -> float:
         microseconds = self.sample(self._flush)

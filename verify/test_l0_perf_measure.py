@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import mla_numba
-from perf import cases, ceilings, gate, inputs, measure, results, timer, traffic
+from perf import cases, ceilings, gate, inputs, measure, read_kernel, results, timer, traffic
 from perf.__main__ import main
 from perf.peers import CPU_PEERS, GPU_PEERS, PEERS
 from perf.peers.numpy_way import NumpyWay
@@ -204,7 +204,7 @@ def test_read_kernel_loads_16_bytes_four_times():
     if cuda.config.ENABLE_CUDASIM:
         pytest.skip("the simulator compiles nothing")
     signature = types.void(types.int64[::1], types.int64[::1])
-    ptx, _ = cuda.compile(ceilings.make_read_kernel(), signature, device=False, abi="numba", cc=(9, 0), output="ptx")
+    ptx, _ = cuda.compile(read_kernel.make_read_kernel(), signature, device=False, abi="numba", cc=(9, 0), output="ptx")
     assert ptx.count("ld.global.v2.u64") == 4
     assert ptx.count("ld.global") == 4
 
