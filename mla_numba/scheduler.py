@@ -49,6 +49,8 @@ MERGE_COLUMNS = 8
 # the merge table.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
+# Threads that try a share each, at a time.
+MAX_TRIALS = 32
 
 
 def num_partial_slots(extra_splits: int) -> int:
@@ -134,24 +136,22 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return begin + room
 
     @jit
-    def _walk(share, workers, record, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
-        """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. With `record`
-        write BEGIN_JOB, BEGIN_BLOCK and BEGIN_SPLIT of every worker."""
-        num_workers = workers.shape[0]
+    def _walk(share, begins, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+        """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
+        (num_workers, 3) are the job, block and split that each begins with."""
+        num_workers = begins.shape[0]
+        end_of_work = axis[num_jobs]
         job, block, split = 0, 0, 0
         for worker in range(num_workers):
-            if record:
-                workers[worker, BEGIN_JOB] = job
-                workers[worker, BEGIN_BLOCK] = block
-                workers[worker, BEGIN_SPLIT] = split
+            begins[worker, 0] = job
+            begins[worker, 1] = block
+            begins[worker, 2] = split
             if job == num_jobs:
-                if record:
-                    continue
-                return True
+                continue
             # What is left of a job that another worker began costs the overhead again.
             position = axis[job] + block
             if worker == num_workers - 1:
-                return axis[num_jobs] - position <= share
+                return end_of_work - position <= share
             end = _last_fitting(axis, job, num_jobs, position + share)
             begin_block = block if end == job else 0
             room = position + share - axis[end] - begin_block - overhead_blocks
@@ -172,21 +172,27 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return True
 
     @jit
-    def _least_share(thread, num_threads, sums, workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
-        """The least share in which all work fits, found by the threads together. A worker leaves less than an overhead and a piece of
-        its share unused, and may pay the overhead twice, so that the largest candidate surely does."""
-        num_workers = workers.shape[0]
-        least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
-        most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks)
-        share = least + thread
-        while share < most and not _walk(share, workers, False, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
-            share += num_threads
-        sums[thread] = share
+    def _try_shares(thread, num_threads, sums, trials, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+        """The row of `trials` (threads that try, num_workers, 3) with the least share in which all work fits.
+
+        A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
+        candidate surely suffices."""
+        num_trials, num_workers = min(num_threads, trials.shape[0]), trials.shape[1]
+        if thread < num_trials:
+            least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
+            most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks)
+            share = least + thread
+            while (not _walk(share, trials[thread], axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+                   and share < most):
+                share += num_trials
+            sums[thread] = share
         sync()
-        for t in range(num_threads):
-            most = min(most, sums[t])
+        best = 0
+        for t in range(num_trials):
+            if sums[t] < sums[best]:
+                best = t
         sync()
-        return most
+        return best
 
     @jit
     def _extra_splits(workers, job, num_blocks, split_blocks):
@@ -256,13 +262,13 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, num_splits, workers, starts,
-              merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers,
+              starts, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
-        scratch that all of them see (shared memory on the device), `axis` (max_jobs + 1,) scratch in the plan. `seq_len_q` is 0
-        for ragged queries; `cu_seqlens_q` is read only then.
+        scratch that all of them see (shared memory on the device); `axis` (max_jobs + 1,) and `trials` (up to MAX_TRIALS, num_workers, 3)
+        are scratch, too. `seq_len_q` is 0 for ragged queries; `cu_seqlens_q` is read only then.
         """
         batch = seq_lens.shape[0]
         max_jobs = jobs.shape[0]
@@ -296,9 +302,11 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
-        share = _least_share(thread, num_threads, sums, workers, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
-        if thread == 0:
-            _walk(share, workers, True, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+        best = _try_shares(thread, num_threads, sums, trials, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+        for worker in range(thread, num_workers, num_threads):
+            workers[worker, BEGIN_JOB] = trials[best, worker, 0]
+            workers[worker, BEGIN_BLOCK] = trials[best, worker, 1]
+            workers[worker, BEGIN_SPLIT] = trials[best, worker, 2]
         sync()  # every worker has its beginning
 
         extra = 0

@@ -9,6 +9,7 @@ import numpy as np
 from ..config import DecodeShape, ScheduleConfig
 from ..scheduler import (
     JOB_COLUMNS,
+    MAX_TRIALS,
     MERGE_COLUMNS,
     MERGE_MAX_SHARES,
     NUM_TOTALS,
@@ -42,9 +43,10 @@ class Schedule:
 
 
 def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple[int, ...]]:
+    """In the order of `scheduler.build`'s last arguments."""
     max_jobs = config.max_jobs(shape)
-    return {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "num_splits": (max_jobs + 1,),
-            "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
+    return {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers, 3),
+            "num_splits": (max_jobs + 1,), "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
             "merges": (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
 
 
@@ -59,10 +61,9 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
     _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *_build_arguments(config, shape),
-                   tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"], tables["starts"], tables["merges"],
-                   tables["totals"])
+                   *tables.values())
     extra_splits = int(tables["totals"][TOTAL_EXTRA_SPLITS])
-    del tables["axis"]
+    del tables["axis"], tables["trials"]
     return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)
 
 
@@ -79,10 +80,9 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: A
     tables = {name: cuda.device_array(size, np.int32, stream=stream) for name, size in _table_shapes(config, shape).items()}
     cu_seqlens = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     configured(build_schedule, 1, NUM_THREADS, stream)(
-        seq_lens, cu_seqlens, *_build_arguments(config, shape), tables["jobs"], tables["axis"], tables["num_splits"], tables["workers"],
-        tables["starts"], tables["merges"], tables["totals"])
+        seq_lens, cu_seqlens, *_build_arguments(config, shape), *tables.values())
     extra_splits = config.num_workers - 1
     if config.split_blocks > 0:
         extra_splits = int(tables["totals"].copy_to_host(stream=stream)[TOTAL_EXTRA_SPLITS])
-    del tables["axis"]
+    del tables["axis"], tables["trials"]
     return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)
