@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.l1, pytest.mark.skipif(bool(hopper.unavailable()), rea
 CASES = [case for case, _ in (ONE, PAIR, SEVERAL, MANY, NOTHING)]
 CASES += [MLACase(seq_lens=(300, 129), num_heads_q=128, seq_len_q=2, page_size=16, dtype="float16", values="alternating"),
           MLACase(seq_lens=(64, 190), num_heads_q=12, num_heads_kv=4, q_lens=(2, 3), values="large", pages="shuffled")]
+# Enough for jobs of one piece, of two, and of more; few, as the emulator is slow.
+NUM_WORKERS = 5
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -25,9 +27,10 @@ def test_gpu_equals_emulator(case: MLACase) -> None:
     inputs = case.build()
     out_bound, lse_bound = inputs.bounds()[2:]
     arrays = (inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale, inputs.causal)
-    # Cut for the same number of SMs: the same pieces, merged in the same order.
-    num_sms = cuda.get_current_device().MULTIPROCESSOR_COUNT
-    out, lse = decode(*arrays, cu_seqlens_q=inputs.cu_seqlens_q, device=EmulatedGpu(num_sms=num_sms))
-    got_out, got_lse = ours("hopper")(inputs)
+    # Cut for as many workers, of as many row tiles each: the same pieces, merged in the same order.
+    device = EmulatedGpu(num_sms=cuda.get_current_device().MULTIPROCESSOR_COUNT)
+    out, lse = decode(*arrays, cu_seqlens_q=inputs.cu_seqlens_q, device=device, num_workers=NUM_WORKERS)
+    gpu = ours("hopper")
+    got_out, got_lse = gpu(inputs, plan=gpu.plan(inputs, NUM_WORKERS))
     assert_within("lse", got_lse, lse, 2 * lse_bound)
     assert_within("out", got_out, out, 2 * out_bound)
