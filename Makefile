@@ -24,7 +24,7 @@ demo: $(VENV)/demo.stamp  ## decode a real serving batch on this machine, checke
 
 test: $(VENV)/test.stamp  ## the whole suite that this machine can run, then the CUDA kernels in Numba's simulator
 	@status=0; \
-	$(BIN)/python -m pytest -n $(JOBS) -m "not sim" $(PYTEST_ARGS) || status=$$?; \
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not sim" $(PYTEST_ARGS) || status=$$?; \
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -n $(JOBS) -m sim $(PYTEST_ARGS) || status=$$?; \
 	exit $$status
 
