@@ -230,12 +230,11 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         memory = _Memory(name, stream_int, getattr(module, "TAKES_DESCRIPTIONS", False))
         arguments = [memory.read(array) for array in (q_view, kv_view, table_view)]
         results = [memory.write(array) for array in (unified_out, unified_lse)]
-        module.decode(shape, plan.schedule, *arguments, *results, scale, empty, stream_int)
+        launch = module.decode(shape, plan.schedule, *arguments, *results, scale, empty, stream_int)
         memory.finish()
-        can_repeat = found is not None and q_view.device is not None and not check_values and hasattr(module, "prepare")
+        can_repeat = found is not None and q_view.device is not None and not check_values and launch is not None
         # One is there already if this call was not repeated because the results given lie among the inputs.
         if can_repeat and all(call.key != key for call in plan._prepared):
-            launch = module.prepare(shape, plan.schedule, *arguments, *results, scale, empty)
             given_views = [result for result, array in ((out_view, out), (lse_view, lse)) if array is not None]
             plan._prepared.insert(0, _PreparedCall(key, launch, inputs, given_views, out_view.shape, lse_view.shape))
             del plan._prepared[_MAX_PREPARED_CALLS:]

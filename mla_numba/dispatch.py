@@ -11,7 +11,8 @@ from .contract import BACKENDS
 from .errors import BackendUnavailable
 from .validate import require_choice
 
-# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states.
+# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. Its decode may return a
+# `hopper.Launch`, which repeats it for arrays that lie alike; else it returns None.
 _MODULES = {"hopper": "mla_numba.host.hopper", "simt": "mla_numba.host.simt", "cpu": "mla_numba.host.cpu"}
 
 

@@ -12,7 +12,7 @@ share is the least that suffices; it is found by trying, from the average up, on
 (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
-queries, and time: one thread takes a step per worker, by galloping search, where FlashMLA's takes one per request.
+queries, and time: a thread takes a step per worker, by galloping search, where FlashMLA's takes one per request.
 
 `make_scheduler` returns the functions compiled by the given `jit`: identity for plain Python, `njit` for the host,
 `cuda.jit(device=True)` for the device. `build` is run by `num_threads` threads together, of which the host has one.

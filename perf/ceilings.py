@@ -34,7 +34,7 @@ def measure(timer: Timer) -> dict[str, float | None]:
 
 
 def _times(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> list[float]:
-    """Microseconds of a call right after another: its buffers are larger than any cache, and a flush would leave its own to be written."""
+    """Microseconds of a call right after another: its buffers are larger than any cache, so that none needs to be flushed."""
     for _ in range(warm_up):
         call()
     times = []

@@ -15,6 +15,7 @@ def _load_16_bytes() -> Any:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
+    # Numba calls it with a typing context, wanted or not.
     @intrinsic
     def load_16_bytes(typing_context, array, index):  # noqa: ARG001
         def generate(context, builder, signature, arguments):

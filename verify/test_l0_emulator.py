@@ -15,6 +15,7 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no Hopper kernels to take them from", allow_module_level=True)
 
+# After the skip: the simulator lacks what they import.
 from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div  # noqa: E402
 from mla_numba.host import hopper  # noqa: E402
 from mla_numba.host.schedule import make_host_schedule  # noqa: E402

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
+# After the skip: the simulator lacks what they import.
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402

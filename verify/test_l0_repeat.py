@@ -21,6 +21,7 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no hopper backend", allow_module_level=True)
 
+# After the skip: the simulator lacks what they import.
 from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, mla_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper  # noqa: E402

@@ -167,11 +167,12 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
 
 def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Callable[[int], int]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor map."""
-    from ..kernels.hopper_config import BLOCK_N, TILE_COLUMNS
+    from ..kernels.hopper_config import TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
     sizes = (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1))
-    strides, box = (token_stride or 16, head_stride or 16, page_stride or 16), (TILE_COLUMNS, min(shape.page_size, BLOCK_N), 1, 1)
+    strides = (token_stride or 16, head_stride or 16, page_stride or 16)
+    box = (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def tensor_map(address: int) -> int:
@@ -244,6 +245,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
 
 
 def decode(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: ArrayMemory, block_table: ArrayMemory, out: ArrayMemory,
-           lse: ArrayMemory, softmax_scale: float, empty_lse: float, stream: int, device: Device | None = None) -> None:
+           lse: ArrayMemory, softmax_scale: float, empty_lse: float, stream: int, device: Device | None = None) -> Launch:
+    """Decode; returns what does it again, with arrays that lie alike, at less cost."""
     launch = prepare(shape, schedule, q, kv_cache, block_table, out, lse, softmax_scale, empty_lse, device)
     launch(schedule, stream, q.pointer, kv_cache.pointer, block_table.pointer, out.pointer, lse.pointer)
+    return launch

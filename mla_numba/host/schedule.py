@@ -56,7 +56,7 @@ def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, .
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
-    """Plain Python, no compilation: 0.4 ms for 32 requests, 136 ms for 20,000 (2.4 GHz EPYC)."""
+    """Plain Python, no compilation: 0.8 ms for 32 requests, 95 ms for 20,000 (a virtual Xeon)."""
     tables = {name: np.zeros(size, np.int32) for name, size in _table_shapes(config, shape).items()}
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.

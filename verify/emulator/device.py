@@ -51,9 +51,8 @@ class EmulatedGpu:
 
     def place(self, array: ArrayView, writable: bool = False) -> ArrayView:
         """The array as the GPU sees it: the same bytes, at an address that is aligned as they are."""
-        low = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride < 0)
-        high = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True) if stride > 0)
-        num_bytes = high - low + array.itemsize if array.size else 0
+        low, high = array.extent
+        num_bytes = high - low if array.size else 0
         data = np.zeros(0, np.uint8)
         if num_bytes:
             data = np.frombuffer((ctypes.c_char * num_bytes).from_address(array.pointer + low), np.uint8)
