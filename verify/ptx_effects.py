@@ -25,6 +25,8 @@ ALIGNMENT = 1024
 TENSOR_SHAPE = (3, 2, 80, 128)
 # Inside but for the last rows; over two edges; a page that there is not.
 BOXES = ((64, 40, 1, 2), (-32, -8, 0, 0), (0, 0, 0, 3))
+# Of two tiles of 64 columns each: inside but for the last rows; over two edges; a page that there is not.
+BOXES_5D = ((0, 40, 0, 1, 2), (0, -8, 1, 0, 0), (0, 0, 0, 1, 3))
 # Of stores: an H100 takes no negative ones.
 STORE_BOXES = ((64, 40, 1, 2), (96, 72, 0, 0), (0, 0, 0, 3))
 
@@ -57,7 +59,8 @@ class Effect:
     num_launches : int
         More than one: one after the other, with programmatic stream serialization.
     fastmath : bool
-        What it is compiled with.
+    blocks_per_sm : int
+        What it is compiled with, and for.
     tensor_maps : mapping
         By name, of the arrays in whose place the kernel is given a tensor map.
     bound : callable, optional
@@ -75,6 +78,7 @@ class Effect:
     smem_bytes: int = 0
     num_launches: int = 1
     fastmath: bool = False
+    blocks_per_sm: int = 1
     tensor_maps: Mapping[str, TensorMap] = field(default_factory=dict)
     bound: Callable[[np.ndarray], np.ndarray] | None = None
 
@@ -269,6 +273,22 @@ def _tma_load(inputs: Arrays) -> Arrays:
     return {"out": np.stack(tiles).view(np.uint32).reshape(-1), "held": np.zeros(1, np.uint32)}
 
 
+def _tile_map() -> dict[str, TensorMap]:
+    """The same tensor, its columns as an axis of tiles of 64."""
+    num_w, num_z, num_y, num_x = TENSOR_SHAPE
+    return {"tensor": TensorMap((64, num_y, num_x // 64, num_z, num_w), (2 * num_x, 128, 2 * num_x * num_y, 2 * num_x * num_y * num_z),
+                                (64, 64, 2, 1, 1))}
+
+
+def _tma_load_5d(inputs: Arrays) -> Arrays:
+    tiles = []
+    for _, y, tile, z, w in BOXES_5D:
+        for column in (64 * tile, 64 * tile + 64):
+            places, inside = _places((column, y, z, w))
+            tiles.append(_swizzled(np.where(inside, inputs["tensor"][places], 0)))
+    return {"out": np.stack(tiles).view(np.uint32).reshape(-1)}
+
+
 def _tma_multicast(inputs: Arrays) -> Arrays:
     tiles = [_swizzled(inputs["tensor"][w, 1, :64, 64:]) for w in (0, 0, 1, 1)]
     return {"out": np.stack(tiles).view(np.uint32).reshape(-1)}
@@ -375,6 +395,9 @@ _ALL = [
              lambda rng: {"out": _unset(len(BOXES) * TILE_BYTES // 4), "held": _unset(1), "tensor": _tensor(rng)}, _tma_load,
              (BOXES, expect_apart), num_threads=128, smem_bytes=len(BOXES) * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(64))
       for name, expect_apart in (("tma_load", False), ("tma_load_expect_tx", True))),
+    Effect("tma_load_5d", "make_tma_load_5d",
+           lambda rng: {"out": _unset(len(BOXES_5D) * 2 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_load_5d,
+           (BOXES_5D, 2), num_threads=128, smem_bytes=len(BOXES_5D) * 2 * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tile_map()),
     Effect("tma_multicast", "make_tma_multicast", lambda rng: {"out": _unset(4 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_multicast,
            (2,), num_threads=128, num_blocks=4, cluster_size=2, smem_bytes=TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(32)),
     *(Effect(f"tma_store_{fence}", "make_tma_store",

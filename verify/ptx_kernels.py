@@ -422,6 +422,37 @@ def make_tma_load(boxes, expect_apart):
     return kernel
 
 
+def make_tma_load_5d(boxes, num_tiles):
+    """Boxes of [num_tiles, 64, 64] at the coordinates given: tiles of one z side by side along x, which are an axis of their own."""
+    num_boxes = len(boxes)
+    box_bytes = num_tiles * TILE_BYTES
+    num_bytes = num_boxes * box_bytes
+
+    def kernel(out, tensor_map):
+        thread = i32(cuda.threadIdx.x)
+        base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
+        mbar = base + u32(num_bytes)
+        quad_rmem = cuda.local.array(4, types.uint32)
+        if thread == 0:
+            ptx.mbarrier_init(mbar, u32(1))
+            ptx.fence_mbarrier_init()
+        # All threads: the mbarrier is there.
+        cuda.syncthreads()
+        if thread == 0:
+            ptx.fence_proxy_tensormap_acquire(tensor_map)
+            ptx.mbarrier_arrive_expect_tx(mbar, u32(num_bytes))
+            for box in range(num_boxes):
+                x, y, z, w, v = boxes[box]
+                ptx.tma_load_5d(base + u32(box * box_bytes), tensor_map, mbar, i32(x), i32(y), i32(z), i32(w), i32(v), u64(ptx.EVICT_FIRST))
+        # Thread 0 arrived, all bytes came.
+        ptx.mbarrier_wait_parity(mbar, u32(0))
+        for at in range(16 * thread, num_bytes, 16 * i32(cuda.blockDim.x)):
+            ptx.ld_shared_v4_b32(quad_rmem, 0, base + u32(at))
+            ptx.st_global_v4_b32(out + u64(at), quad_rmem[0], quad_rmem[1], quad_rmem[2], quad_rmem[3])
+
+    return kernel
+
+
 def make_tma_multicast(cluster_size):
     """Each block of cluster w loads its share of the rows of page w for all of them."""
     share_bytes = TILE_BYTES // cluster_size

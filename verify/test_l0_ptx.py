@@ -64,7 +64,8 @@ def test_instruction_is_in_the_ptx(name):
 @pytest.mark.parametrize("name", ALL)
 def test_instruction_assembles(name):
     kernel, arguments = _calling(ALL[name])
-    cubin, _ = compile_kernel(SimpleNamespace(kernel=lambda: kernel, types=lambda: types.void(*arguments), num_threads=128, fastmath=False))
+    cubin, _ = compile_kernel(SimpleNamespace(kernel=lambda: kernel, types=lambda: types.void(*arguments), num_threads=128, fastmath=False,
+                                               blocks_per_sm=1))
     assert cubin.startswith(b"\x7fELF")
 
 

@@ -57,7 +57,7 @@ def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
     128 heads x 4,096 tokens).
     """
     code, _ = cuda.compile(spec.kernel(), spec.types(), device=False, abi="numba", cc=(9, 0, "a"), output="ltoir", fastmath=spec.fastmath,
-                           launch_bounds=(spec.num_threads, 1))
+                           launch_bounds=(spec.num_threads, spec.blocks_per_sm))
     options = ["-arch=sm_90a", "-lto", "-verbose"]
     linker = nvjitlink.create(len(options), options)
     try:
@@ -74,7 +74,8 @@ def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
 
 def load_kernel(spec: KernelSpec, device_idx: int) -> Any:
     """The driver's handle of the kernel."""
-    key = hashlib.sha256(f"{_sources_digest()} {spec.name} {spec.types()} {spec.num_threads} {spec.fastmath}".encode()).hexdigest()
+    compiled_for = f"{spec.num_threads} {spec.fastmath} {spec.blocks_per_sm}"
+    key = hashlib.sha256(f"{_sources_digest()} {spec.name} {spec.types()} {compiled_for}".encode()).hexdigest()
     path = cache_dir() / f"{spec.name}-{key[:32]}.cubin"
     try:
         code = path.read_bytes()

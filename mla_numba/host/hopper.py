@@ -10,6 +10,7 @@ from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, INVARIANT_SPLIT_TOKENS, LOG2_E
+from ..scheduler import MERGE_MAX_SHARES
 from . import simt
 from .launch import ArrayMemory, KernelSpec, Strided, numba_stream
 from .schedule import Schedule, make_device_schedule
@@ -19,7 +20,7 @@ COMPUTE_CAPABILITY = (9, 0)
 # `decode` is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens; and the fewest blocks that are worth it.
-_OVERHEAD_BLOCKS = 2
+_OVERHEAD_BLOCKS = 5
 _MIN_SPLIT_BLOCKS = 2
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
@@ -114,10 +115,11 @@ def decode_spec(dtype: str, page_size: int) -> KernelSpec:
 
 @cache
 def merge_spec(dtype: str) -> KernelSpec:
-    from ..kernels.hopper_merge import NUM_THREADS
+    from ..kernels.hopper_merge import BLOCKS_PER_SM, NUM_THREADS
 
     # Not fastmath: here infinities are data.
-    return KernelSpec("hopper_merge", "make_merge_kernel", (dtype,), "merge_signature", NUM_THREADS, 0, fastmath=False)
+    return KernelSpec("hopper_merge", "make_merge_kernel", (dtype,), "merge_signature", NUM_THREADS, 0, fastmath=False,
+                      blocks_per_sm=BLOCKS_PER_SM)
 
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
@@ -132,27 +134,27 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int, int], int]:
     """How a q that lies as this one, at any address, gets its tensor map: a function of its address and the stream.
 
-    The map is of (packed rows, KV heads, q batches). Packed rows are token by token, head by head; where q's strides have no such axis,
-    or suit no TMA, q is copied first."""
-    from ..kernels.hopper_config import BLOCK_M, TILE_COLUMNS
+    The map is of (packed rows, tiles, KV heads, q batches), a box is a row tile. Packed rows are token by token, head by head; where q's
+    strides have no such axis, or suit no TMA, q is copied first."""
+    from ..kernels.hopper_config import BLOCK_M, NUM_TILES, TILE_COLUMNS
 
     q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
     batch_stride, token_stride, head_stride = q.strides[:3]
     group_stride, num_floats = heads * head_stride, q.size // 2
-    sizes, box = (HEAD_DIM_QK, tokens * heads, kv_heads, q_batches), (TILE_COLUMNS, BLOCK_M, 1, 1)
+    sizes, box = (TILE_COLUMNS, tokens * heads, NUM_TILES, kv_heads, q_batches), (TILE_COLUMNS, BLOCK_M, NUM_TILES, 1, 1)
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
     fits = packed and head_stride % 16 == 0 and batch_stride % 16 == 0 and min(head_stride, batch_stride) >= 0
     # TMA takes no stride of 0; that of an axis of one does not matter.
-    strides = (head_stride or 16, group_stride or 16, batch_stride or 16)
+    strides = (head_stride or 16, 2 * TILE_COLUMNS, group_stride or 16, batch_stride or 16)
     row = 2 * HEAD_DIM_QK
-    copy_strides = (row, tokens * heads * row, kv_heads * tokens * heads * row)
+    copy_strides = (row, 2 * TILE_COLUMNS, tokens * heads * row, kv_heads * tokens * heads * row)
     five = (q_batches, tokens, kv_heads, heads, HEAD_DIM_QK)
     source_strides = (batch_stride, token_stride, group_stride, head_stride, 2)
-    destination_strides = (copy_strides[2], heads * row, copy_strides[1], row, 2)
+    destination_strides = (copy_strides[3], heads * row, copy_strides[2], row, 2)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_map(address: int, strides: tuple[int, int, int]) -> int:
+    def tensor_map(address: int, strides: tuple[int, ...]) -> int:
         return device.tensor_map(shape.dtype, address, sizes, strides, box)
 
     def copying_if_needed(address: int, stream: int) -> int:
@@ -165,20 +167,23 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
     return copying_if_needed
 
 
-def _kv_map(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Callable[[int], int]:
-    """How a cache that lies as this one, at any address that TMA takes, gets its tensor map."""
-    from ..kernels.hopper_config import TILE_COLUMNS, HopperConfig
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Callable[[int], tuple[int, int]]:
+    """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
+    or a tile of a page's tokens, if pages are smaller."""
+    from ..kernels.hopper_config import NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
-    sizes = (HEAD_DIM_QK, shape.page_size, shape.num_heads_kv, max(kv_cache.shape[0], 1))
-    strides = (token_stride or 16, head_stride or 16, page_stride or 16)
-    box = (TILE_COLUMNS, HopperConfig(shape.dtype, shape.page_size).box_rows, 1, 1)
+    sizes = (TILE_COLUMNS, shape.page_size, NUM_TILES, shape.num_heads_kv, max(kv_cache.shape[0], 1))
+    strides = (token_stride or 16, 2 * TILE_COLUMNS, head_stride or 16, page_stride or 16)
+    config = HopperConfig(shape.dtype, shape.page_size)
+    left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in SIDE_TILES)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_map(address: int) -> int:
-        return device.tensor_map(shape.dtype, address, sizes, strides, box)
+    def tensor_maps(address: int) -> tuple[int, int]:
+        return (device.tensor_map(shape.dtype, address, sizes, strides, left),
+                device.tensor_map(shape.dtype, address, sizes, strides, right))
 
-    return tensor_map
+    return tensor_maps
 
 
 class Launch(Protocol):
@@ -194,49 +199,51 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     What it returns holds on to none of the arrays.
     """
     from ..kernels.hopper_config import BLOCK_M
-    from ..kernels.hopper_merge import ITEM_ROWS
+    from ..kernels.hopper_merge import BLOCKS_PER_SM, ITEM_ROWS, ITEMS_PER_GROUP
 
     if device is None:
         from .gpu import gpu
 
         device = gpu(q.device or 0)
-    q_map, kv_map = _q_map(shape, q, device), _kv_map(shape, kv_cache, device)
+    q_map, kv_maps = _q_map(shape, q, device), _kv_maps(shape, kv_cache, device)
     num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
     num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
-    # A job's rows are those of a request, or as many as its tiles have.
-    rows_in_use = rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv)
     kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size), merge_spec(shape.dtype)
-    # About as many thread blocks of the merge as the SMs hold together.
-    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (2 * device.num_sms, 1, 1)
+    # A job's rows are those of a request, or as many as its tiles have.
+    row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
+    # A job has two pieces beyond the first for each row that it has in the merge table, or more.
+    merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
+    merge_blocks = max(1, min(merge_rows * num_kv_heads * row_groups * ITEMS_PER_GROUP, BLOCKS_PER_SM * device.num_sms))
+    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_blocks, 1, 1)
     table_words = (*block_table.strides, block_table.shape[1])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
-    merge_words = (row_tiles, ceil_div(rows_in_use, ITEM_ROWS), num_kv_heads, heads_per_kv, empty_lse)
+    merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
     # The kernels store 16 bytes of a row at a time.
     out_fits = all(stride % 16 == 0 for stride in out_strides)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def workspaces(stream: int) -> tuple[int, int, int]:
-        # O, and lse2 once for each half of the columns.
-        o_partial = device.workspace(rows * (HEAD_DIM_V + 2), stream, "partials")
+        # O, and maximum and sum once for each half of the columns.
+        o_partial = device.workspace(rows * (HEAD_DIM_V + 4), stream, "partials")
         # A word for each 16 rows and half of the columns, 0 between launches.
         return o_partial, o_partial + rows * HEAD_DIM_V * 4, device.workspace(rows // 16 * 2, stream, "counters")
 
     def launch(schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None:
         tables = schedule.addresses
         with _launch_lock:
-            o_partial, lse2_partial, counters = workspaces(stream)
+            o_partial, state_partial, counters = workspaces(stream)
             copies_out = not out_fits or out % 16 != 0
             written, strides = out, out_strides
             if copies_out:
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
-            device.launch(kernel, grid, stream, q_map(q, stream), kv_map(kv_cache), block_table, *table_words, tables["jobs"],
-                          tables["workers"], tables["starts"], *results, o_partial, lse2_partial, counters, *words)
+            device.launch(kernel, grid, stream, q_map(q, stream), *kv_maps(kv_cache), block_table, *table_words, tables["jobs"],
+                          tables["workers"], tables["starts"], *results, o_partial, state_partial, counters, *words)
             if num_slots > 0:
-                device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, lse2_partial, *results,
-                              *merge_words)
+                device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
+                              *results, *merge_words)
             if copies_out:
                 five = (*out_shape[:3], 1, HEAD_DIM_V)
                 device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*strides, 0, 2)), stream)

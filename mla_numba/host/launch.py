@@ -51,6 +51,7 @@ class KernelSpec:
     num_threads: int
     smem_bytes: int         # dynamic
     fastmath: bool
+    blocks_per_sm: int = 1  # that registers must suffice for
 
     @property
     def name(self) -> str:

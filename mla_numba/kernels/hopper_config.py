@@ -9,6 +9,17 @@ import numpy as np
 from numba import cuda
 
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V
+from ..scheduler import (
+    JOB_COLUMNS,
+    JOB_FIRST_SLOT,
+    JOB_NUM_BLOCKS,
+    JOB_NUM_PARTS,
+    JOB_Q_BATCH,
+    JOB_Q_BEGIN,
+    JOB_Q_LEN,
+    JOB_ROW_BEGIN,
+    JOB_SEQ_LEN,
+)
 
 f32 = np.float32
 
@@ -23,7 +34,9 @@ BLOCK_N = 64                            # tokens of a step: rows of a tile
 TILE_COLUMNS = 64                       # 128 bytes of 16-bit elements: the width of the swizzle
 TILE_BYTES = 64 * 128
 NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
-LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2    # of a block, read last by warpgroup 0; the others by warpgroup 1
+# A block's sides: tiles read last by warpgroup 0, and those read last by warpgroup 1.
+LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2
+SIDE_BEGIN, SIDE_TILES = (0, LEFT_TILES), (LEFT_TILES, NUM_TILES - LEFT_TILES)
 K_STEPS = 4                             # wgmma of 16 along a tile's 64 columns, or along a block's 64 tokens
 
 NUM_CONSUMERS = 256
@@ -36,9 +49,12 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 STRIPS = 32
 STRIP_BYTES = 512
 WARP_PART_BYTES = STRIPS * STRIP_BYTES
+# A warpgroup's states of 64 rows: maxima, base 2, then the sums of the exponentials relative to them.
+SUMS_OFFSET = 4 * BLOCK_M
+STATE_BYTES = 2 * SUMS_OFFSET
 
 # Named barriers; 0 is syncthreads. WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
-P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6
+P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP, MAPS = 1, 2, 3, 4, 5, 6, 8
 
 # Shared memory, bytes from a multiple of 1,024.
 Q_SMEM = 0
@@ -53,16 +69,20 @@ SUM_SMEM = SCALE1_SMEM + 4 * BLOCK_M
 PIECE_SMEM = SUM_SMEM + 2 * 4 * BLOCK_M
 PIECE_BYTES = 64
 FULL_SMEM = PIECE_SMEM + 2 * PIECE_BYTES
-EMPTY_SMEM = FULL_SMEM + 2 * NUM_TILES * 8
+EMPTY_SMEM = FULL_SMEM + 2 * 2 * 8
 Q_FULL_SMEM = EMPTY_SMEM + 2 * 2 * 8
 Q_EMPTY_SMEM = Q_FULL_SMEM + 8
 SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
 # A thread has two rows, 8 apart, in every array of a value per row.
 NEXT_ROW = 8 * 4
 
-# A piece, as the producer describes it to the consumers: int32 words of piece_smem.
-(PIECE_NUM_BLOCKS, PIECE_BEGIN_BLOCK, PIECE_SEQ_LEN, PIECE_SLOT, PIECE_NUM_PARTS, PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN,
- PIECE_ROW_BEGIN) = (4 * word for word in range(9))
+# A piece, as the producer describes it to the consumers: its job's row, but with the first row of the row tile and the blocks of the
+# piece; then the piece's first block, and its number in the job. int32 words of piece_smem.
+PIECE_Q_BATCH, PIECE_Q_BEGIN, PIECE_Q_LEN, PIECE_ROW_BEGIN, PIECE_SEQ_LEN, PIECE_NUM_BLOCKS, PIECE_FIRST_SLOT, PIECE_NUM_PARTS = (
+    4 * column for column in (JOB_Q_BATCH, JOB_Q_BEGIN, JOB_Q_LEN, JOB_ROW_BEGIN, JOB_SEQ_LEN, JOB_NUM_BLOCKS, JOB_FIRST_SLOT,
+                              JOB_NUM_PARTS))
+PIECE_BEGIN_BLOCK, PIECE_SPLIT = 4 * JOB_COLUMNS, 4 * (JOB_COLUMNS + 1)
+PIECE_WORDS = JOB_COLUMNS + 2
 END_OF_WORK = -1
 
 # A consumer's arrays: S 32 floats, O 128 floats, P and Q's last tile 16 words each, the sums of its two rows.
@@ -72,11 +92,11 @@ Place = namedtuple("Place", "base row_smem thread lane")
 # What all rows of a launch have in common.
 Problem = namedtuple("Problem", "heads_per_kv causal scale_log2e")
 # The arrays that a launch reads; strides in bytes.
-Tables = namedtuple("Tables", "q_map kv_map block_table row_stride column_stride max_pages jobs workers starts split_blocks")
+Tables = namedtuple("Tables", "q_map left_map right_map block_table row_stride column_stride max_pages jobs workers starts split_blocks")
 # The arrays that it writes; strides in bytes.
 Results = namedtuple("Results", "out out_batch_stride out_token_stride out_head_stride lse lse_batch_stride lse_head_stride "
                      "lse_token_stride empty_lse")
-Partials = namedtuple("Partials", "o lse2 counters")
+Partials = namedtuple("Partials", "o states counters")
 
 
 @dataclass(frozen=True)

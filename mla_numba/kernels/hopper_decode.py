@@ -16,7 +16,7 @@ is read once. The running maximum goes 0 -> 1 -> 0 through max_smem, and only fo
 
 Who waits for whom (see the table in docs/kernel.md; one line each where it happens):
 
-    full[buffer][tile]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use
+    full[buffer][side]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use; side 0 is tiles 0-3
     empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0 is tiles 0-3, side 1 is tiles 4-8
     q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
     P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS    named barriers of the 256 consumers
@@ -46,7 +46,6 @@ from .hopper_config import (
     NEXT_ROW,
     NO_SCORE,
     NUM_CONSUMERS,
-    NUM_TILES,
     NUM_WARPS,
     P0_MAX,
     P0_SMEM,
@@ -89,19 +88,20 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 def decode_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_decode`'s."""
     address, stride, i, f = types.uint64, types.int64, types.int32, types.float32
-    return types.void(address, address, address, stride, stride, i, address, address, address, address, stride, stride, stride,
+    return types.void(address, address, address, address, stride, stride, i, address, address, address, address, stride, stride, stride,
                       address, stride, stride, stride, address, address, address, i, i, i, f, f)
 
 
 @cache
 def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
-    produce, finish_piece, products, softmax = make_producer(config), make_store(config), make_products(config), make_softmax(config)
+    ready_maps, produce = make_producer(config)
+    finish_piece, products, softmax = make_store(config), make_products(config), make_softmax(config)
     load_q8, store_p, pv_rmem, pv_smem = products.load_q8, products.store_p, products.pv_rmem, products.pv_smem
-    qk_tile, qk_last_tile, qk_even, qk_odd = products.qk_tile, products.qk_last_tile, products.qk_even, products.qk_odd
+    qk_side, qk_block = products.qk_side, products.qk_block
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
     pack, visible_to, hide_unseen, piece_words = softmax.pack, softmax.visible_to, softmax.hide_unseen, softmax.piece_words
-    wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))
+    wait_all, wait_all_but_1 = ptx.make_wgmma_wait_group(0), ptx.make_wgmma_wait_group(1)
     o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
     give_registers = ptx.make_setmaxnreg("dec", PRODUCER_REGISTERS)
@@ -176,17 +176,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
 
         # S of the next even block.
         if has_next:
-            full = base + u32(FULL_SMEM)
             s_fence(s_rmem)
-            for tile in range(LEFT_TILES):
-                qk_tile(s_rmem, base, k0_smem, full, tile, parity, tile > 0)
-            # Of the groups in flight, one a tile, P1 V1 is the oldest.
-            wait_all_but_4()
+            qk_side(regs, base, 0, 0, parity, False)
+            # Of the two groups in flight P1 V1 is the older one.
+            wait_all_but_1()
             o_fence(o_rmem)
             release(base, 1, 0, lane)
-            for tile in range(LEFT_TILES, NUM_TILES - 1):
-                qk_tile(s_rmem, base, k0_smem, full, tile, parity, True)
-            qk_last_tile(s_rmem, regs.q8_rmem, k0_smem, full, parity)
+            qk_side(regs, base, 0, 1, parity, True)
             wait_all()
             s_fence(s_rmem)
         elif has_odd:
@@ -250,12 +246,12 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
 
         # S of the next odd block.
         if has_next:
-            qk_odd(regs, base, parity)
+            qk_block(regs, base, 1, parity)
 
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
-        qk_even(regs, at.base, parity)
+        qk_block(regs, at.base, 0, parity)
         parity ^= u32(1)
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
@@ -276,7 +272,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         token = begin_block * i32(BLOCK_N) + i32(BLOCK_N)
         left = num_blocks
         if left > 1:
-            qk_odd(regs, at.base, parity)
+            qk_block(regs, at.base, 1, parity)
             parity ^= u32(1)
         while left > 3:
             odd_step(regs, at, problem, token, all_see, parity, True, True)
@@ -348,42 +344,38 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             finish_piece(regs, max_a, max_b, base, piece_words(base, parity), problem, results, partials)
             parity ^= u32(PIECE_BYTES)
 
-    def hopper_decode(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
+    def hopper_decode(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
                       out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                      o_partial, lse2_partial, counters, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
+                      o_partial, state_partial, counters, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
         wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
         problem = Problem(heads_per_kv, causal, scale_log2e)
         if thread_idx == 0:
-            ptx.prefetch_tensormap(q_map)
-            ptx.prefetch_tensormap(kv_map)
-            for i in range(2 * NUM_TILES):
-                ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
             for i in range(2 * 2):
+                ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
                 ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(NUM_WARPS // 2))
             ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
             ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))
             ptx.fence_mbarrier_init()
         if thread_idx < BLOCK_M:
             ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
-        # All threads: the mbarriers and the first maximum are there.
-        cuda.syncthreads()
         ptx.griddepcontrol_wait()
         ptx.griddepcontrol_launch_dependents()
+        # All threads: the mbarriers and the first maximum are there.
+        cuda.syncthreads()
         if wg == 2:
             give_registers()
             if thread < 32:
-                if thread == 0:
-                    ptx.fence_proxy_tensormap_acquire(q_map)
-                    ptx.fence_proxy_tensormap_acquire(kv_map)
-                tables = Tables(q_map, kv_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
-                                split_blocks)
+                tables = Tables(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers,
+                                starts, split_blocks)
                 produce(base, i32(thread), tables, problem)
+            elif thread < 64:
+                ready_maps(q_map, left_map, right_map, thread)
         else:
             take_registers()
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                               lse_token_stride, empty_lse)
-            consume(base, wg, thread, problem, results, Partials(o_partial, lse2_partial, counters))
+            consume(base, wg, thread, problem, results, Partials(o_partial, state_partial, counters))
 
     return hopper_decode

@@ -1,23 +1,29 @@
 """Merge of the partial results that `hopper_decode` leaves of jobs in three pieces or more.
 
-    m = max lse2_i        O = sum 2^(lse2_i - m) O_i / sum 2^(lse2_i - m)        lse2 = m + log2 of that sum
+    m = max m_i        O = sum 2^(m_i - m) O_i / sum 2^(m_i - m) s_i        lse2 = m + log2 of that sum
+
+of each part O_i, not divided by its sum s_i of exponentials relative to 2^m_i.
 
 Partial O lies as the tensor core left it in the registers of the decode's warps: of each (slot, KV head, row tile, warp) 32 strips of
 512 bytes, strip i the columns 8 i to 8 i + 7 of 16 rows; a lane has 16 bytes of a strip:
 
     lane l of strip i: rows l / 4 and l / 4 + 8, columns 8 i + 2 (l % 4) and the next, of each
 
-A thread block of 8 warps merges strips of 8 x 8 columns, or its share of them: the more parts, the more blocks share (the table says):
+A warp takes two strips side by side, 32 bytes of a row of out; a thread block of 8 warps eight such pairs, or its share of them: the more
+parts, the more blocks share (the table says):
 
-    shares   strips of a block   warps of a strip   parts of a warp
-    1        8                   1                  all, up to 8 at once
-    2        4                   2                  every 2nd
-    4        2                   4                  every 4th
-    8        1                   8                  every 8th: 8 of 64
+    shares   pairs of a block   warps of a pair   parts of a warp
+    1        8                  1                 all, 4 at a time
+    2        4                  2                 every 2nd
+    4        2                  4                 every 4th
+    8        1                  8                 every 8th: 8 of 64
 
-and where a strip has several warps, the first adds up what they found. What decides the order of a sum is the job's number of parts
-alone. A grid of fixed size walks the list (row of the merge table, KV head, 16 rows, half of O, 8 strips), so that nobody needs to look at
-the lengths. It is launched programmatically: its blocks come onto the machine as the decode's leave, and read the list before they wait.
+and where a pair has several warps, the first adds up what they found. What decides the order of a sum is the job's number of parts alone.
+
+The list of items (row of the merge table, KV head, 16 rows, half of O, 8 pairs) has a bound that the host knows without the lengths. The
+grid is launched programmatically: its blocks come onto the machine as the decode's leave, when all of the decode's have begun. An item
+does not wait for the decode's end, but for its own parts: the decode's warps count them up in `counters`, a word for each (job, KV head,
+row tile, warp), and the last block that has seen it complete makes it 0 for the next launch.
 """
 
 import math
@@ -44,24 +50,42 @@ from ..scheduler import (
     MERGE_SHARE,
     TOTAL_MERGES,
 )
-from .hopper_config import BLOCK_M, MINUS_INFINITY, NEXT_ROW, NUM_WARPS, STRIP_BYTES, STRIPS, WARP_PART_BYTES, Partials, Results
+from .hopper_config import (
+    MINUS_INFINITY,
+    NEXT_ROW,
+    NUM_WARPS,
+    STATE_BYTES,
+    STRIP_BYTES,
+    STRIPS,
+    SUMS_OFFSET,
+    WARP_PART_BYTES,
+    Partials,
+    Results,
+)
 
 i64, u32, u64, f32 = np.int64, np.uint32, np.uint64, np.float32
 
 MERGE_WARPS = MERGE_MAX_SHARES
 NUM_THREADS = 32 * MERGE_WARPS
-# 16 rows by 8 strips, or a share of them, are an item of the list.
+# Held together by an SM: what their registers must suffice for.
+BLOCKS_PER_SM = 3
+# 16 rows by 8 pairs of strips, or a share of them, are an item of the list.
 ITEM_ROWS = 16
-ITEMS_PER_HALF = STRIPS // MERGE_WARPS
+PAIR = 2
+ITEMS_PER_HALF = STRIPS // (PAIR * MERGE_WARPS)
+ITEMS_PER_GROUP = 2 * ITEMS_PER_HALF
 # Parts that a warp loads at a time: their latencies overlap.
-UNROLL = 8
-BATCH, BATCH_ROWS = UNROLL * 4, UNROLL * 2
-# What a lane hands to the first warp of its strip: lse2 and sum of two rows, four columns of O.
-STATE_FLOATS = 8
+UNROLL = 4
+BATCH, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * 4
+# What a lane hands to the first warp of its pair: maximum and sum of two rows, four columns of O in each strip.
+O_STATE = 4
+STATE_FLOATS = O_STATE + 4 * PAIR
 STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
+# A counter: parts that are there in the low half, in the high half blocks that have seen them all.
+SEEN = 1 << 16
 
-# A row of the merge table.
-Job = namedtuple("Job", "num_parts first_slot q_batch q_begin num_rows row_begin share num_shares")
+# A row of the merge table: where it lies, and what is kept of it; the rest is read where it is used, for want of registers.
+Job = namedtuple("Job", "at num_parts first_slot num_rows row_begin share num_shares")
 # What a launch has in common.
 Shape = namedtuple("Shape", "row_tiles row_groups num_kv_heads heads_per_kv")
 
@@ -69,7 +93,7 @@ Shape = namedtuple("Shape", "row_tiles row_groups num_kv_heads heads_per_kv")
 def merge_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_merge`'s."""
     table, i, stride, address = types.CPointer(types.int32), types.int32, types.int64, types.uint64
-    return types.void(table, table, address, address, address, stride, stride, stride, address, stride, stride, stride, i, i, i, i,
+    return types.void(table, table, address, address, address, address, stride, stride, stride, address, stride, stride, stride, i, i, i, i,
                       types.float32)
 
 
@@ -83,140 +107,175 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
     @inline
     def read_job(merges, row, heads_per_kv):
         at = u32(row * u32(MERGE_COLUMNS))
-        return Job(u32(merges[at + MERGE_NUM_PARTS]), u32(merges[at + MERGE_FIRST_SLOT]), merges[at + MERGE_Q_BATCH],
-                   merges[at + MERGE_Q_BEGIN], u32(u32(merges[at + MERGE_Q_LEN]) * heads_per_kv), u32(merges[at + MERGE_ROW_BEGIN]),
-                   u32(merges[at + MERGE_SHARE]), u32(merges[at + MERGE_NUM_SHARES]))
+        return Job(at, u32(merges[at + MERGE_NUM_PARTS]), u32(merges[at + MERGE_FIRST_SLOT]),
+                   u32(u32(merges[at + MERGE_Q_LEN]) * heads_per_kv), u32(merges[at + MERGE_ROW_BEGIN]), u32(merges[at + MERGE_SHARE]),
+                   u32(merges[at + MERGE_NUM_SHARES]))
 
     @inline
-    def add_batch(state_rmem, lse2_rmem, v_rmem, count):
-        """Take `count` parts into the running state: lse2 (0, 1: the maximum), sums (2, 3), O (4 to 7)."""
+    def add_batch(state_rmem, states_rmem, v_rmem, count):
+        """Take `count` parts into the running state: maxima (0, 1), sums (2, 3), O of either strip (from 4 on)."""
         for r in range(2):
             largest = state_rmem[r]
             for i in range(count):
-                largest = max(largest, lse2_rmem[2 * i + r])
+                largest = max(largest, states_rmem[4 * i + r])
             if largest > MINUS_INFINITY:
                 scale = ptx.ex2(state_rmem[r] - largest)
                 state_rmem[r] = largest
                 state_rmem[2 + r] *= scale
-                state_rmem[4 + 2 * r] *= scale
-                state_rmem[5 + 2 * r] *= scale
+                for c in range(2 * PAIR):
+                    state_rmem[O_STATE + c // 2 * 4 + 2 * r + c % 2] *= scale
                 for i in range(count):
-                    weight = ptx.ex2(lse2_rmem[2 * i + r] - largest)
-                    state_rmem[2 + r] += weight
-                    state_rmem[4 + 2 * r] += weight * v_rmem[4 * i + 2 * r]
-                    state_rmem[5 + 2 * r] += weight * v_rmem[4 * i + 2 * r + 1]
+                    weight = ptx.ex2(states_rmem[4 * i + r] - largest)
+                    state_rmem[2 + r] += weight * states_rmem[4 * i + 2 + r]
+                    for c in range(2 * PAIR):
+                        state_rmem[O_STATE + c // 2 * 4 + 2 * r + c % 2] += weight * v_rmem[(i * PAIR + c // 2) * 4 + 2 * r + c % 2]
 
     @inline
-    def merge_parts(state_rmem, o_address, lse2_address, o_step, lse2_step, part, num_parts, stride):
-        """Parts part, part + stride, ... in order; the addresses are the first one's, the steps those to the next one."""
-        v_rmem, lse2_rmem = cuda.local.array(BATCH, types.float32), cuda.local.array(BATCH_ROWS, types.float32)
+    def merge_parts(state_rmem, o_lane, state_lane, slot, slot_step, part, num_parts, stride, is_rehearsal):
+        """Parts part, part + stride, ... in order; the first one's in `slot`, the next one's `slot_step` further. The addresses are this
+        lane's, of slot 0."""
+        v_rmem, states_rmem = cuda.local.array(BATCH, types.float32), cuda.local.array(BATCH_STATES, types.float32)
         for r in range(2):
             state_rmem[r] = MINUS_INFINITY
         for i in range(2, STATE_FLOATS):
             state_rmem[i] = f32(0)
+        # A rehearsal takes the way of parts that count.
+        no_maximum = f32(0) if is_rehearsal else MINUS_INFINITY
         while part < num_parts:
             for i in range(UNROLL):
-                lse2_rmem[2 * i], lse2_rmem[2 * i + 1] = MINUS_INFINITY, MINUS_INFINITY
-                for c in range(4):
-                    v_rmem[4 * i + c] = f32(0)
-                if part < num_parts:
-                    lse2_rmem[2 * i] = ptx.ld_global_f32(lse2_address)
-                    lse2_rmem[2 * i + 1] = ptx.ld_global_f32(lse2_address + u64(NEXT_ROW))
-                    ptx.ld_global_v4_f32(v_rmem, 4 * i, o_address)
-                part, o_address, lse2_address = u32(part + stride), o_address + o_step, lse2_address + lse2_step
-            add_batch(state_rmem, lse2_rmem, v_rmem, UNROLL)
+                for r in range(2):
+                    states_rmem[4 * i + r], states_rmem[4 * i + 2 + r] = no_maximum, f32(0)
+                for c in range(4 * PAIR):
+                    v_rmem[4 * PAIR * i + c] = f32(0)
+                if part < num_parts and not is_rehearsal:
+                    state_address = state_lane + u64(slot) * u64(2 * STATE_BYTES)
+                    for r in range(2):
+                        states_rmem[4 * i + r] = ptx.ld_global_f32(state_address + u64(r * NEXT_ROW))
+                        states_rmem[4 * i + 2 + r] = ptx.ld_global_f32(state_address + u64(SUMS_OFFSET + r * NEXT_ROW))
+                    o_address = o_lane + u64(slot) * u64(NUM_WARPS * WARP_PART_BYTES)
+                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i, o_address)
+                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i + 4, o_address + u64(STRIP_BYTES))
+                part, slot = u32(part + stride), u32(slot + slot_step)
+            add_batch(state_rmem, states_rmem, v_rmem, UNROLL)
 
     @inline
     def add_warps(state_rmem, states_smem, first_warp, num_warps, lane):
-        """The states of a strip's warps, in order."""
-        sums_rmem = cuda.local.array(2, types.float32)
+        """The states of a pair's warps, in order."""
+        weights_rmem = cuda.local.array(MERGE_WARPS, types.float32)
         for r in range(2):
             largest = MINUS_INFINITY
-            for w in range(num_warps):
-                largest = max(largest, states_smem[((first_warp + w) * STATE_FLOATS + r) * 32 + lane])
-            state_rmem[r], sums_rmem[r] = largest, f32(0)
-            state_rmem[4 + 2 * r], state_rmem[5 + 2 * r] = f32(0), f32(0)
-            if largest > MINUS_INFINITY:
-                for w in range(num_warps):
-                    state = (first_warp + w) * STATE_FLOATS * 32 + lane
-                    scale = ptx.ex2(states_smem[state + r * 32] - largest)
-                    sums_rmem[r] += scale * states_smem[state + (2 + r) * 32]
-                    state_rmem[4 + 2 * r] += scale * states_smem[state + (4 + 2 * r) * 32]
-                    state_rmem[5 + 2 * r] += scale * states_smem[state + (5 + 2 * r) * 32]
-            state_rmem[2 + r] = sums_rmem[r]
+            for w in range(MERGE_WARPS):
+                weights_rmem[w] = MINUS_INFINITY
+                if w < num_warps:
+                    weights_rmem[w] = states_smem[((first_warp + w) * STATE_FLOATS + r) * 32 + lane]
+                largest = max(largest, weights_rmem[w])
+            state_rmem[r] = largest
+            for w in range(MERGE_WARPS):
+                weights_rmem[w] = ptx.ex2(weights_rmem[w] - largest) if largest > MINUS_INFINITY else f32(0)
+            for c in range(1 + 2 * PAIR):
+                at = 2 + r if c == 0 else O_STATE + (c - 1) // 2 * 4 + 2 * r + (c - 1) % 2
+                total = f32(0)
+                for w in range(MERGE_WARPS):
+                    if w < num_warps:
+                        total += weights_rmem[w] * states_smem[((first_warp + w) * STATE_FLOATS + at) * 32 + lane]
+                state_rmem[at] = total
 
     @inline
-    def store_state(state_rmem, job, first_row, kv_head, half, strip, lane, heads_per_kv, results):
+    def store_state(state_rmem, merges, job, first_row, kv_head, half, pair, lane, heads_per_kv, results, is_rehearsal):
         """Results of this lane's two rows."""
-        column_bytes = half * u32(HEAD_DIM_V) + strip * u32(16) + (lane & u32(3)) * u32(4)
+        column_bytes = half * u32(HEAD_DIM_V) + pair * u32(PAIR * 16) + (lane & u32(3)) * u32(4)
+        q_batch, q_begin = merges[job.at + MERGE_Q_BATCH], merges[job.at + MERGE_Q_BEGIN]
         for r in range(2):
             row = u32(first_row + (lane >> u32(2)) + u32(8 * r))
             if row < job.num_rows:
-                token, head = i64(job.q_begin) + i64(row // heads_per_kv), i64(kv_head * heads_per_kv + row % heads_per_kv)
+                token, head = i64(q_begin) + i64(row // heads_per_kv), i64(kv_head * heads_per_kv + row % heads_per_kv)
                 total = state_rmem[2 + r]
                 factor = f32(1) / total if total > f32(0) else f32(0)
-                address = results.out + u64(job.q_batch * results.out_batch_stride + token * results.out_token_stride
+                address = results.out + u64(q_batch * results.out_batch_stride + token * results.out_token_stride
                                             + head * results.out_head_stride)
-                ptx.st_global_b32(address + u64(column_bytes), to_pair(state_rmem[5 + 2 * r] * factor, state_rmem[4 + 2 * r] * factor))
-                if column_bytes == 0:
-                    ptx.st_global_f32(results.lse + u64(job.q_batch * results.lse_batch_stride + head * results.lse_head_stride
+                for s in range(PAIR):
+                    low, high = state_rmem[O_STATE + 4 * s + 2 * r], state_rmem[O_STATE + 4 * s + 2 * r + 1]
+                    packed = to_pair(high * factor, low * factor)
+                    if not is_rehearsal:
+                        ptx.st_global_b32(address + u64(column_bytes + u32(16 * s)), packed)
+                if column_bytes == 0 and not is_rehearsal:
+                    ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
                                                         + token * results.lse_token_stride),
                                       (state_rmem[r] + math.log2(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
 
     @inline
-    def merge_item(state_rmem, states_smem, job, place, warp, lane, shape, partials, results):
-        """Item `place` of a row of the table: 8 strips of 16 rows, or this share of them."""
-        group, half, rest = place % u32(ITEMS_PER_HALF), place // u32(ITEMS_PER_HALF) % u32(2), place // u32(2 * ITEMS_PER_HALF)
+    def await_parts(counter, num_parts, num_blocks):
+        """Until the decode has counted `num_parts` up; the last of `num_blocks` blocks to see it makes the counter ready for the next
+        launch. By one thread. The decode's blocks have all begun, and wait for no block of this grid."""
+        while ptx.ld_acquire(counter) & u32(SEEN - 1) != num_parts:
+            pass
+        if ptx.atom_add_relaxed(counter, u32(SEEN)) >> u32(16) == num_blocks - u32(1):
+            ptx.st_relaxed(counter, u32(0))
+
+    @inline
+    def merge_item(state_rmem, states_smem, ready_smem, merges, job, place, warp, lane, shape, partials, results):
+        """Item `place` of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
+        group, half, rest = place % u32(ITEMS_PER_HALF), place // u32(ITEMS_PER_HALF) % u32(2), place // u32(ITEMS_PER_GROUP)
         row_group, kv_head = u32(u32(rest) % shape.row_groups), u32(u32(rest) // shape.row_groups)
         first_row = u32(job.row_begin + row_group * u32(ITEM_ROWS))
         if first_row < job.num_rows:
-            # The warps from first_warp on have one strip, of every so many-th part each; a block's strips lie so far apart, too.
+            # The warps from first_warp on have one pair, of every so many-th part each; a block's pairs lie so far apart, too.
             first_part = u32(warp & (job.num_shares - u32(1)))
             first_warp = u32(warp - first_part)
-            strip = u32(group * u32(MERGE_WARPS) + first_warp + job.share)
-            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of lse2, twice 64 rows.
+            pair = u32(group * u32(MERGE_WARPS) + first_warp + job.share)
+            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows'.
             tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
             step = u32(shape.num_kv_heads * shape.row_tiles)
-            slot = u64((job.first_slot + first_part) * step + kv_head * shape.row_tiles + tile)
-            o_part = partials.o + (slot * u64(NUM_WARPS) + u64(part_warp)) * u64(WARP_PART_BYTES) + u64(strip * u32(STRIP_BYTES)
-                                                                                                       + lane * u32(16))
-            lse2_part = partials.lse2 + (slot * u64(2 * BLOCK_M) + u64(part_warp * u32(ITEM_ROWS) + (lane >> u32(2)))) * u64(4)
-            stride = u64(job.num_shares * step)
-            merge_parts(state_rmem, o_part, lse2_part, stride * u64(NUM_WARPS * WARP_PART_BYTES), stride * u64(2 * BLOCK_M * 4), first_part,
-                        job.num_parts, job.num_shares)
-            if job.num_shares > 1:
-                for i in range(STATE_FLOATS):
-                    states_smem[(warp * STATE_FLOATS + i) * 32 + lane] = state_rmem[i]
-                # All warps: their states are there. (All of a block come here together: what decides it is the same for all.)
-                cuda.syncthreads()
+            first_slot = u32(job.first_slot * step + kv_head * shape.row_tiles + tile)
+            o_lane = partials.o + u64(part_warp * u32(WARP_PART_BYTES) + pair * u32(PAIR * STRIP_BYTES) + lane * u32(16))
+            state_lane = partials.states + u64(half * u32(STATE_BYTES) + (row_group % u32(NUM_WARPS // 2) * u32(ITEM_ROWS)
+                                                                           + (lane >> u32(2))) * u32(4))
+            counter = partials.counters + u64(first_slot * u32(NUM_WARPS) + part_warp) * u64(4)
+            if cuda.threadIdx.x == 0:
+                ready_smem[0] = ptx.ld_acquire(counter) & u32(SEEN - 1) == job.num_parts
+            # All warps: whether the parts are there; and the states of the item before have been read.
+            cuda.syncthreads()
+            # If they are not, a rehearsal: all but loads and stores, so that the code is near when they are (0.8 us of 19, H100).
+            is_rehearsal = ready_smem[0] == 0
+            while True:
+                if not is_rehearsal:
+                    if cuda.threadIdx.x == 0:
+                        await_parts(counter, job.num_parts, job.num_shares * u32(ITEMS_PER_HALF))
+                    # All warps: the parts are there.
+                    cuda.syncthreads()
+                merge_parts(state_rmem, o_lane, state_lane, u32(first_slot + first_part * step), u32(job.num_shares * step), first_part,
+                            job.num_parts, job.num_shares, is_rehearsal)
+                if job.num_shares > 1:
+                    for i in range(STATE_FLOATS):
+                        states_smem[(warp * STATE_FLOATS + i) * 32 + lane] = state_rmem[i]
+                    # All warps: their states are there. (All of a block come here together: what decides it is the same for all.)
+                    cuda.syncthreads()
+                    if first_part == 0:
+                        add_warps(state_rmem, states_smem, first_warp, job.num_shares, lane)
                 if first_part == 0:
-                    add_warps(state_rmem, states_smem, first_warp, job.num_shares, lane)
-                # All warps: the states have been read.
-                cuda.syncthreads()
-            if first_part == 0:
-                store_state(state_rmem, job, first_row, kv_head, half, strip, lane, shape.heads_per_kv, results)
+                    store_state(state_rmem, merges, job, first_row, kv_head, half, pair, lane, shape.heads_per_kv, results, is_rehearsal)
+                if not is_rehearsal:
+                    break
+                is_rehearsal = False
 
-    def hopper_merge(merges, totals, o_partial, lse2_partial, out, out_batch_stride, out_token_stride, out_head_stride, lse,
+    def hopper_merge(merges, totals, o_partial, state_partial, counters, out, out_batch_stride, out_token_stride, out_head_stride, lse,
                      lse_batch_stride, lse_head_stride, lse_token_stride, row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse):
-        partials, shape = Partials(o_partial, lse2_partial, u64(0)), Shape(u32(row_tiles), u32(row_groups), u32(num_kv_heads),
-                                                                                u32(heads_per_kv))
+        partials = Partials(o_partial, state_partial, counters)
+        shape = Shape(u32(row_tiles), u32(row_groups), u32(num_kv_heads), u32(heads_per_kv))
         results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                           lse_token_stride, empty_lse)
         states_smem = cuda.shared.array(STATES_SMEM, types.float32)
+        ready_smem = cuda.shared.array(1, types.uint32)
         warp, lane = u32(cuda.threadIdx.x) >> u32(5), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)
-        items_per_row = u32(shape.num_kv_heads * shape.row_groups * u32(2 * ITEMS_PER_HALF))
+        items_per_row = u32(shape.num_kv_heads * shape.row_groups * u32(ITEMS_PER_GROUP))
         num_items, item = u32(u32(totals[TOTAL_MERGES]) * items_per_row), u32(cuda.blockIdx.x)
-        # Some row, where there is none: it is not used.
-        job = read_job(merges, u32(item // items_per_row) if item < num_items else u32(0), shape.heads_per_kv)
-        # The decode has ended, and its partial results are visible; the tables above are older. Also where there is nothing to do: a grid
-        # that ends without having waited lets the next one start before the decode has ended.
-        ptx.griddepcontrol_wait()
+        # The tables are older than the decode.
         while item < num_items:
-            place = u32(item % items_per_row)
+            job, place = read_job(merges, u32(item // items_per_row), shape.heads_per_kv), u32(item % items_per_row)
+            merge_item(state_rmem, states_smem, ready_smem, merges, job, place, warp, lane, shape, partials, results)
             item = u32(item + u32(cuda.gridDim.x))
-            merge_item(state_rmem, states_smem, job, place, warp, lane, shape, partials, results)
-            if item < num_items:
-                job = read_job(merges, u32(item // items_per_row), shape.heads_per_kv)
+        # Also where there was nothing to do: a grid that ends without having waited lets the next one start before the decode has ended.
+        ptx.griddepcontrol_wait()
 
     return hopper_merge

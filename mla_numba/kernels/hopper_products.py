@@ -5,7 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 
 from .. import ptx
-from .hopper_config import FULL_SMEM, K0_SMEM, K1_SMEM, K_STEPS, LEFT_TILES, NUM_TILES, P1_SMEM, Q_SMEM, TILE_BYTES, HopperConfig, inline
+from .hopper_config import (
+    FULL_SMEM,
+    K0_SMEM,
+    K1_SMEM,
+    K_STEPS,
+    LEFT_TILES,
+    NUM_TILES,
+    P1_SMEM,
+    Q_SMEM,
+    SIDE_BEGIN,
+    TILE_BYTES,
+    HopperConfig,
+    inline,
+)
 
 u32, u64 = np.uint32, np.uint64
 
@@ -45,50 +58,29 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         ptx.fence_proxy_async_shared()
 
     @inline
-    def qk_tile(s_rmem, base, k_smem, full, tile, parity, accumulate):
-        """S += Q K^T over the 64 dims of a tile of shared memory."""
-        # Producer's TMA of this tile; bit 0 of `parity` is of the buffer's use.
-        ptx.mbarrier_wait_parity(full + u32(tile * 8), parity & u32(1))
+    def qk_side(regs, base, buffer, side, parity, accumulate):
+        """S (+)= Q K^T over the dims of one side of a block; of the last tile Q comes from registers. A group."""
+        k_smem = base + u32(K1_SMEM if buffer else K0_SMEM)
+        # Producer's TMA of this side; bit 0 of `parity` is of the buffer's use.
+        ptx.mbarrier_wait_parity(base + u32(FULL_SMEM + (buffer * 2 + side) * 8), parity & u32(1))
         q_desc = K_MAJOR | u64((base + u32(Q_SMEM)) >> u32(4))
         k_desc = K_MAJOR | u64(k_smem >> u32(4))
         ptx.wgmma_fence()
-        for k in range(K_STEPS):
-            offset = u64(tile * NEXT_TILE + k * NEXT_COLUMNS)
-            wgmma_qk(s_rmem, q_desc + offset, k_desc + offset, u32(1) if k > 0 else u32(accumulate))
+        for tile in range(SIDE_BEGIN[side], SIDE_BEGIN[side] + LEFT_TILES):
+            for k in range(K_STEPS):
+                offset = u64(tile * NEXT_TILE + k * NEXT_COLUMNS)
+                wgmma_qk(regs.s_rmem, q_desc + offset, k_desc + offset, u32(1) if tile > SIDE_BEGIN[side] or k > 0 else u32(accumulate))
+        if side == 1:
+            for k in range(K_STEPS):
+                wgmma_qk_rmem(regs.s_rmem, regs.q8_rmem, 4 * k, k_desc + u64((NUM_TILES - 1) * NEXT_TILE + k * NEXT_COLUMNS), u32(1))
         ptx.wgmma_commit_group()
 
     @inline
-    def qk_last_tile(s_rmem, q8_rmem, k_smem, full, parity):
-        """S += Q K^T over the last 64 dims, with Q from registers."""
-        # Producer's TMA of this tile; bit 0 of `parity` is of the buffer's use.
-        ptx.mbarrier_wait_parity(full + u32((NUM_TILES - 1) * 8), parity & u32(1))
-        k_desc = K_MAJOR | u64(k_smem >> u32(4))
-        ptx.wgmma_fence()
-        for k in range(K_STEPS):
-            wgmma_qk_rmem(s_rmem, q8_rmem, 4 * k, k_desc + u64((NUM_TILES - 1) * NEXT_TILE + k * NEXT_COLUMNS), u32(1))
-        ptx.wgmma_commit_group()
-
-    @inline
-    def qk_even(regs, base, parity):
-        """S of the first block of a piece."""
-        k0_smem, full = base + u32(K0_SMEM), base + u32(FULL_SMEM)
+    def qk_block(regs, base, buffer, parity):
+        """S of a block, its sides in the order in which they come."""
         s_fence(regs.s_rmem)
-        for tile in range(NUM_TILES - 1):
-            qk_tile(regs.s_rmem, base, k0_smem, full, tile, parity, tile > 0)
-        qk_last_tile(regs.s_rmem, regs.q8_rmem, k0_smem, full, parity)
-        wait_all()
-        s_fence(regs.s_rmem)
-
-    @inline
-    def qk_odd(regs, base, parity):
-        """S of an odd block, its tiles in the order in which they come."""
-        k1_smem, full = base + u32(K1_SMEM), base + u32(FULL_SMEM + NUM_TILES * 8)
-        s_fence(regs.s_rmem)
-        for tile in range(LEFT_TILES, NUM_TILES - 1):
-            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, tile > LEFT_TILES)
-        qk_last_tile(regs.s_rmem, regs.q8_rmem, k1_smem, full, parity)
-        for tile in range(LEFT_TILES):
-            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, True)
+        qk_side(regs, base, buffer, 1 if buffer else 0, parity, False)
+        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)
         wait_all()
         s_fence(regs.s_rmem)
 
@@ -111,5 +103,4 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
             wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))
         ptx.wgmma_commit_group()
 
-    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_tile=qk_tile, qk_last_tile=qk_last_tile, qk_even=qk_even, qk_odd=qk_odd,
-                           pv_rmem=pv_rmem, pv_smem=pv_smem)
+    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem)

@@ -1,7 +1,8 @@
 """The consumers' epilogue: a piece's rows of O to the results, to its slot of the workspace, or merged with the other one of two pieces.
 
 Of a job in two pieces, the earlier one to end leaves its O in its slot, and the later one merges both, warp by warp: `counters` has a
-word for each warp of each pair, 0 between launches, 1 and 2 as warps claim, 3 when what the first wrote is there.
+word for each warp of each split job, 0 between launches; a pair's is 1 and 2 as warps claim, 3 when what the first wrote is there. Of a job
+in more pieces all leave theirs, and count the word up; hopper_merge waits for it.
 """
 
 import math
@@ -15,19 +16,21 @@ from .. import ptx
 from ..contract import HEAD_DIM_V, LN_2
 from ..scheduler import MERGE_LEAST_PARTS
 from .hopper_config import (
-    BLOCK_M,
     MINUS_INFINITY,
     NEXT_ROW,
     NUM_WARPS,
+    PIECE_FIRST_SLOT,
     PIECE_NUM_PARTS,
     PIECE_Q_BATCH,
     PIECE_Q_BEGIN,
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
-    PIECE_SLOT,
+    PIECE_SPLIT,
     Q_EMPTY_SMEM,
+    STATE_BYTES,
     STRIP_BYTES,
     STRIPS,
+    SUMS_OFFSET,
     WARP_PART_BYTES,
     HopperConfig,
     inline,
@@ -47,15 +50,17 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
 
     @inline
-    def store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane):
-        """O of a piece to its slot, as the registers hold it: 512 bytes of a warp side by side, 32 times (hopper_merge reads it so)."""
+    def store_partial(regs, max_a, max_b, o_part, state_part, lane):
+        """A piece's O and state to its slot, as the registers hold them, not divided by the sums: 512 bytes of a warp side by side, 32
+        times (hopper_merge reads it so)."""
+        o_rmem = regs.o_rmem
         if lane & u32(3) == 0:
-            ptx.st_global_f32(lse2_part, lse2_a)
-            ptx.st_global_f32(lse2_part + u64(NEXT_ROW), lse2_b)
+            ptx.st_global_f32(state_part, max_a)
+            ptx.st_global_f32(state_part + u64(NEXT_ROW), max_b)
+            ptx.st_global_f32(state_part + u64(SUMS_OFFSET), regs.sums_rmem[0])
+            ptx.st_global_f32(state_part + u64(SUMS_OFFSET + NEXT_ROW), regs.sums_rmem[1])
         for i in range(STRIPS):
-            ptx.st_global_v4_f32(o_part + u64(i * STRIP_BYTES),
-                                 ptx.mul_rn(o_rmem[4 * i], factor_a), ptx.mul_rn(o_rmem[4 * i + 1], factor_a),
-                                 ptx.mul_rn(o_rmem[4 * i + 2], factor_b), ptx.mul_rn(o_rmem[4 * i + 3], factor_b))
+            ptx.st_global_v4_f32(o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2], o_rmem[4 * i + 3])
 
     @inline
     def claim(counter, lane):
@@ -82,24 +87,25 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         cuda.syncwarp()
 
     @inline
-    def pair_weights(mine, other, is_second):
+    def pair_weights(my_max, my_sum, other_max, other_sum, is_second):
         """Of a row in two pieces: the weight of this one, of the other one, lse2 of both. Equal bits on whichever side it runs."""
-        first, second = (other, mine) if is_second else (mine, other)
-        largest = max(first, second)
+        first_max, first_sum, second_max, second_sum = my_max, my_sum, other_max, other_sum
+        if is_second:
+            first_max, first_sum, second_max, second_sum = other_max, other_sum, my_max, my_sum
+        largest = max(first_max, second_max)
         if largest == MINUS_INFINITY:
             return f32(0), f32(0), MINUS_INFINITY
-        weight_first, weight_second = ptx.ex2(first - largest), ptx.ex2(second - largest)
-        total = weight_first + weight_second
-        weight_first, weight_second = weight_first / total, weight_second / total
+        first, second = ptx.ex2(first_max - largest), ptx.ex2(second_max - largest)
+        total = ptx.fma_rn(first, first_sum, ptx.mul_rn(second, second_sum))
         lse2 = largest + math.log2(total)
-        return (weight_second, weight_first, lse2) if is_second else (weight_first, weight_second, lse2)
+        return (second / total, first / total, lse2) if is_second else (first / total, second / total, lse2)
 
     @inline
-    def add_other(o_rmem, half, factor, weight, other_weight, other_rmem, i, is_second):
+    def add_other(o_rmem, half, weight, other_weight, other_rmem, i, is_second):
         """Strips from i on of a row: O = both pieces' weighted sum, the first piece's share rounded last on either side."""
         for k in range(STRIPS_AT_ONCE):
             for c in range(2):
-                x = ptx.mul_rn(o_rmem[4 * (i + k) + 2 * half + c], factor)
+                x = o_rmem[4 * (i + k) + 2 * half + c]
                 y = other_rmem[4 * k + 2 * half + c]
                 if is_second:
                     o_rmem[4 * (i + k) + 2 * half + c] = ptx.fma_rn(other_weight, y, ptx.mul_rn(weight, x))
@@ -147,8 +153,8 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         store_row(o_rmem, half, factor, row_address, lane)
 
     @inline
-    def row_state(total, maximum):
-        """Of a row whose weights, relative to 2^maximum, sum to `total`: what O is to be multiplied by, and lse2."""
+    def whole_row(total, maximum):
+        """Of a row in one piece, whose weights, relative to 2^maximum, sum to `total`: what O is to be multiplied by, and lse2."""
         factor, lse2 = f32(0), MINUS_INFINITY
         if total > f32(0):
             factor, lse2 = f32(1) / total, maximum + math.log2(total)
@@ -159,52 +165,62 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         """Free the piece's place, and store its rows: to the results, or to its slot of the workspace, if more pieces are to come."""
         o_rmem, heads_per_kv = regs.o_rmem, problem.heads_per_kv
         kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
-        slot, num_parts = ptx.ld_shared_i32(words + u32(PIECE_SLOT)), ptx.ld_shared_i32(words + u32(PIECE_NUM_PARTS))
+        num_parts = ptx.ld_shared_i32(words + u32(PIECE_NUM_PARTS))
         # What follows from the thread's place, anew: kept over the steps it would cost registers that O needs.
         thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
         lane, warp, wg = thread_idx & u32(31), thread_idx >> u32(5), thread_idx >> u32(7)
         tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
-        rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv)
+        # A rehearsal's job is in no parts: nothing of it is stored.
+        rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv) if num_parts > 0 else i32(0)
         cuda.syncwarp()
         if lane == 0:
             # 8 consumer warps arrive, producer waits: this one is done with Q and P1. (The words stay until the piece after the next.)
             ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
-        factor_a, lse2_a = row_state(regs.sums_rmem[0], max_a)
-        factor_b, lse2_b = row_state(regs.sums_rmem[1], max_b)
-        is_last = True
-        if num_parts > 1 and row - i32(lane >> u32(2)) < rows_of_request:
-            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of lse2, twice 64 rows.
-            step = u64(num_kv_heads) * u64(cuda.gridDim.x)
-            part = u64(slot) * step + u64(kv_head) * u64(cuda.gridDim.x) + u64(cuda.blockIdx.x)
+        is_split, is_last = num_parts > 1, True
+        factor_a, factor_b, lse2_a, lse2_b = f32(1), f32(1), MINUS_INFINITY, MINUS_INFINITY
+        if not is_split:
+            factor_a, lse2_a = whole_row(regs.sums_rmem[0], max_a)
+            factor_b, lse2_b = whole_row(regs.sums_rmem[1], max_b)
+        elif row - i32(lane >> u32(2)) < rows_of_request:
+            # The maximum of a row that sees nothing here must not count.
+            max_a = max_a if regs.sums_rmem[0] > f32(0) else MINUS_INFINITY
+            max_b = max_b if regs.sums_rmem[1] > f32(0) else MINUS_INFINITY
+            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows' maxima and sums.
+            step, split = u64(num_kv_heads) * u64(cuda.gridDim.x), ptx.ld_shared_i32(words + u32(PIECE_SPLIT))
+            first_part = (u64(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step + u64(kv_head) * u64(cuda.gridDim.x)
+                          + u64(cuda.blockIdx.x))
+            part = first_part + u64(split) * step
+            counter = partials.counters + (first_part * u64(NUM_WARPS) + u64(warp)) * u64(4)
             o_part = partials.o + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
-            lse2_part = partials.lse2 + ((part * u64(2) + u64(wg)) * u64(BLOCK_M) + u64(tile_row)) * u64(4)
+            state_part = partials.states + (part * u64(2) + u64(wg)) * u64(STATE_BYTES) + u64(tile_row * u32(4))
             if num_parts >= MERGE_LEAST_PARTS:
-                store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane)
+                store_partial(regs, max_a, max_b, o_part, state_part, lane)
+                announce(counter, lane)
                 is_last = False
             else:
-                # Slots of a pair are even and odd; the counter is the first one's.
-                is_second = slot & 1 == 1
-                first_part = part - step if is_second else part
-                counter = partials.counters + (first_part * u64(NUM_WARPS) + u64(warp)) * u64(4)
+                is_second = split == 1
                 if claim(counter, lane) == 0:
-                    store_partial(o_rmem, factor_a, factor_b, lse2_a, lse2_b, o_part, lse2_part, lane)
+                    store_partial(regs, max_a, max_b, o_part, state_part, lane)
                     announce(counter, lane)
                     is_last = False
                 else:
                     await_announced(counter, lane)
                     other = part - step if is_second else part + step
                     other_o = partials.o + (other * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
-                    other_lse2 = partials.lse2 + ((other * u64(2) + u64(wg)) * u64(BLOCK_M) + u64(tile_row)) * u64(4)
-                    weight_a, other_weight_a, lse2_a = pair_weights(lse2_a, ptx.ld_global_f32(other_lse2), is_second)
-                    weight_b, other_weight_b, lse2_b = pair_weights(lse2_b, ptx.ld_global_f32(other_lse2 + u64(NEXT_ROW)), is_second)
+                    other_state = partials.states + (other * u64(2) + u64(wg)) * u64(STATE_BYTES) + u64(tile_row * u32(4))
+                    other_sums = other_state + u64(SUMS_OFFSET)
+                    weight_a, other_weight_a, lse2_a = pair_weights(
+                        max_a, regs.sums_rmem[0], ptx.ld_global_f32(other_state), ptx.ld_global_f32(other_sums), is_second)
+                    weight_b, other_weight_b, lse2_b = pair_weights(
+                        max_b, regs.sums_rmem[1], ptx.ld_global_f32(other_state + u64(NEXT_ROW)),
+                        ptx.ld_global_f32(other_sums + u64(NEXT_ROW)), is_second)
                     other_rmem = cuda.local.array(OTHER_REGISTERS, types.float32)
                     for i in range(0, STRIPS, STRIPS_AT_ONCE):
                         for k in range(STRIPS_AT_ONCE):
                             ptx.ld_global_v4_f32(other_rmem, 4 * k, other_o + u64((i + k) * STRIP_BYTES))
-                        add_other(o_rmem, 0, factor_a, weight_a, other_weight_a, other_rmem, i, is_second)
-                        add_other(o_rmem, 1, factor_b, weight_b, other_weight_b, other_rmem, i, is_second)
-                    factor_a, factor_b = f32(1), f32(1)
+                        add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
+                        add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
         if is_last:
             finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
             finish_row(o_rmem, 1, factor_b, lse2_b, i32(row + 8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)

@@ -68,6 +68,7 @@ from .tma import (
     prefetch_tensormap,
     tma_load_4d,
     tma_load_4d_multicast,
+    tma_load_5d,
     tma_prefetch_4d,
     tma_store_4d,
 )
@@ -154,6 +155,7 @@ __all__ = [
     "stmatrix_x4_trans",
     "tma_load_4d",
     "tma_load_4d_multicast",
+    "tma_load_5d",
     "tma_prefetch_4d",
     "tma_store_4d",
     "wgmma_commit_group",

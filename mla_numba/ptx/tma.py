@@ -29,6 +29,12 @@ def tma_load_4d(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32, y: i32, 
     as zeros. Its bytes are counted down at the mbarrier as they arrive. PTX ISA 9.7.9.27.1.2."""
 
 
+@instruction("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+             "[<dst_smem>], [<tensor_map>, {<x>, <y>, <z>, <w>, <v>}], [<mbar_smem>], <l2_policy>;")
+def tma_load_5d(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32, y: i32, z: i32, w: i32, v: i32, l2_policy: u64) -> None:
+    """`cp.async.bulk.tensor.5d`: by one thread; `tma_load_4d` with five axes. PTX ISA 9.7.9.27.1.2."""
+
+
 @instruction("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
              "[<dst_smem>], [<tensor_map>, {<x>, <y>, <z>, <w>}], [<mbar_smem>], <cta_mask>, <l2_policy>;")
 def tma_load_4d_multicast(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32, y: i32, z: i32, w: i32, cta_mask: u16,

@@ -404,6 +404,11 @@ class Instructions:
         where = self._place(tensor_map, (x, y, z, w), l2_policy)
         tma.load(machine, machine.current, *where, machine.current.block, dst_smem & WORD, self._barrier(mbar_smem), self._line())
 
+    def tma_load_5d(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, v: int, l2_policy: int) -> None:
+        machine = self._machine
+        where = self._place(tensor_map, (x, y, z, w, v), l2_policy)
+        tma.load(machine, machine.current, *where, machine.current.block, dst_smem & WORD, self._barrier(mbar_smem), self._line())
+
     def tma_load_4d_multicast(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, cta_mask: int,
                               l2_policy: int) -> None:
         machine = self._machine

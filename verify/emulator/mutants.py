@@ -12,6 +12,7 @@ _DECODE, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
 
 _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.\n"
                  "        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))\n")
+_WORDS_MEET = "        cuda.syncwarp()\n        if lane == 0:\n            # The only arrival; completes with Q's last byte"
 
 # One piece of five blocks with a tail; pieces of one worker; a job in two pieces; one in more, which the merge kernel joins.
 ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
@@ -19,6 +20,7 @@ PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"),
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
 FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
+IDLE = (MLACase(seq_lens=(65,), num_heads_q=16), 3)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
 
@@ -59,13 +61,14 @@ def _without(line: str) -> tuple[str, str]:
 _RELEASE_V0 = "        release(base, 0, 0, lane)\n"
 _PV_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
 _RELEASE_V1 = "            release(base, 1, 0, lane)\n"
+_P1V1_DONE = "            # Of the two groups in flight P1 V1 is the older one.\n            wait_all_but_1()\n"
 _P0_STORED = "        store_p(p_rmem, base + u32(P0_SMEM), at)\n"
 _P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.\n"
                "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
 _P1_STORED = "            store_p(p_rmem, base + u32(P1_SMEM), at)\n"
 _P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.\n"
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
-_LAST_QK = "            qk_tile(regs.s_rmem, base, k1_smem, full, tile, parity, True)\n"
+_LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)\n"
 _MAX0_ARRIVES = ("        pack(p_rmem, s_rmem, f32(1), f32(1))\n"
                  "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
                  "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
@@ -73,6 +76,8 @@ _MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
+_ANNOUNCED = "                announce(counter, lane)\n                is_last = False\n            else:\n"
+_MANY_PARTS = "            if num_parts >= MERGE_LEAST_PARTS:\n"
 _STATES = "what decides it is the same for all.)\n"
 _EVEN_STEP = "            even_step(regs, at, problem, token, all_see, parity, True, True)\n"
 _MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
@@ -93,17 +98,16 @@ MUTANTS = (
            "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))\n"),
     # Buffers given back too early.
     Mutant("V0 freed before its product is done", _DECODE, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE),
-    Mutant("one group too few awaited", _DECODE, "            wait_all_but_4()\n", "            wait_all_but_5()\n",
-           also=(("wait_all, wait_all_but_1, wait_all_but_4 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 4))",
-                  "wait_all, wait_all_but_1, wait_all_but_5 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 5))"),)),
-    Mutant("V1 freed before its product is awaited", _DECODE, "            wait_all_but_4()\n            o_fence(o_rmem)\n" + _RELEASE_V1,
-           _RELEASE_V1 + "            wait_all_but_4()\n            o_fence(o_rmem)\n"),
+    Mutant("one group too few awaited", _DECODE, _P1V1_DONE, _P1V1_DONE.replace("but_1", "but_2"),
+           also=(("wait_all, wait_all_but_1 = ptx.make_wgmma_wait_group(0), ptx.make_wgmma_wait_group(1)",
+                  "wait_all, wait_all_but_1, wait_all_but_2 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 2))"),)),
+    Mutant("V1 freed before its product is awaited", _DECODE, _P1V1_DONE + "            o_fence(o_rmem)\n" + _RELEASE_V1,
+           _RELEASE_V1 + _P1V1_DONE + "            o_fence(o_rmem)\n"),
     Mutant("producer does not wait for readers", _LOAD, *_without(
         "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))")),
     Mutant("Q loaded over the piece before", _LOAD, _PIECE_BEFORE, "", cases=(SEVERAL,)),
-    Mutant("lanes of the producer not together", _LOAD, _PIECE_BEFORE + "        cuda.syncwarp()\n", _PIECE_BEFORE, cases=(NOTHING,)),
-    Mutant("tiles of the odd block one step early", _LOAD, "load_tiles(base, 1, 0, 0, LEFT_TILES, turns, ",
-           "load_tiles(base, 1, 0, 0, LEFT_TILES, turns ^ u32(1 << 1), "),
+    Mutant("piece announced before all lanes have described it", _LOAD, _WORDS_MEET, _WORDS_MEET.partition("\n")[2]),
+    Mutant("tiles of the odd block one step early", _LOAD, "load_side(base, 1, 0, turns, ", "load_side(base, 1, 0, turns ^ u32(1 << 1), "),
     # Barriers: order, counts, phases, numbers.
     Mutant("P0 announced before it is stored", _DECODE, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED),
     Mutant("P1 announced before it is stored", _DECODE, _P1_ARRIVES, "", also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
@@ -123,10 +127,11 @@ MUTANTS = (
     Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2)", "8 * i), u32(NUM_WARPS // 2 + 1)"),
     Mutant("Q freed by seven warps", _DECODE, "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))",
            "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS - 1))", cases=(SEVERAL,)),
-    Mutant("half of a tile's bytes expected", _LOAD, "expect_tx(full, u32(TILE_BYTES))", "expect_tx(full, u32(TILE_BYTES // 2))"),
+    Mutant("half of a side's bytes expected", _LOAD, "u32(SIDE_TILES[side] * TILE_BYTES))", "u32(SIDE_TILES[side] * TILE_BYTES // 2))"),
+    Mutant("right side too far left", _LOAD, "row, i32(SIDE_BEGIN[side]), kv_head", "row, i32(SIDE_BEGIN[side] // 4 * 3), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
     Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity ^= u32(1)\n", _EVEN_STEP),
-    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
+    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP, MAPS = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP, MAPS = 1, 2, 3, 3, 5, 6"),
     Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
     # Layouts.
@@ -149,12 +154,21 @@ MUTANTS = (
            also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
-    Mutant("merge begins while the decode runs", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(MANY,)),
+    Mutant("rehearsal stores what it made", _STORE, " if num_parts > 0 else i32(0)", "", cases=(IDLE,)),
+    Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, _ANNOUNCED.partition("\n")[2], cases=(MANY,),
+           also=((_MANY_PARTS, _MANY_PARTS + "                announce(counter, lane)\n"),)),
+    Mutant("parts merged before they are there", _MERGE, *_without("                        await_parts(counter, job.num_parts, "
+           "job.num_shares * u32(ITEMS_PER_HALF))"), cases=(MANY,)),
+    Mutant("one part too few awaited", _MERGE, "!= num_parts:", "< num_parts - u32(1):", cases=(MANY,)),
+    Mutant("parts' counter left as it is", _MERGE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(MANY,)),
+    Mutant("parts' counter begun anew too early", _MERGE, "== num_blocks - u32(1):", "== num_blocks - u32(2):", cases=(MANY,)),
+    Mutant("parts awaited by one warp only", _MERGE, "                    # All warps: the parts are there.\n"
+           "                    cuda.syncthreads()\n", "", cases=(MANY,)),
     Mutant("merge ends without having waited", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(PAIR,)),
-    Mutant("merge reads states that are not there", _MERGE, _STATES + "                cuda.syncthreads()\n", _STATES, (MANY,),
+    Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, (MANY,),
            share_parts=FEW_SHARE_PARTS),
-    Mutant("merge overwrites states being read", _MERGE, "                # All warps: the states have been read.\n"
-           "                cuda.syncthreads()\n", "", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge acts on a word that is not there", _MERGE, "states of the item before have been read.\n            cuda.syncthreads()\n",
+           "states of the item before have been read.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
     Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, job.num_shares, lane)",
            "first_warp, u32(job.num_shares - u32(1)), lane)", (FIVE,), share_parts=FEW_SHARE_PARTS),
     Mutant("merge mixes up its shares", _MERGE, "first_warp + job.share)", "first_warp + job.share % u32(1))", (MANY,),
