@@ -136,7 +136,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return begin + room
 
     @jit
-    def _walk(share, begins, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+    def _walk(share, begins, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
         (num_workers, 3) are the job, block and split that each begins with."""
         num_workers = begins.shape[0]
@@ -158,7 +158,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             if end == num_jobs or (end > job and room <= 0):
                 job, block, split = end, 0, 0
                 continue
-            num_blocks = jobs[end, JOB_NUM_BLOCKS]
+            num_blocks = axis[end + 1] - axis[end] - overhead_blocks
             stop = _cut_in_job(begin_block, max(room, 0), num_blocks, min_split_blocks, split_blocks)
             if end == job and stop <= begin_block:
                 stop = min(begin_block + split_blocks, num_blocks)
@@ -172,7 +172,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return True
 
     @jit
-    def _try_shares(thread, num_threads, sums, trials, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+    def _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
         """The row of `trials` (threads that try, num_workers, 3) with the least share in which all work fits.
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
@@ -182,7 +182,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
             most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks)
             share = least + thread
-            while (not _walk(share, trials[thread], axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+            while (not _walk(share, trials[thread], axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
                    and share < most):
                 share += num_trials
             sums[thread] = share
@@ -251,14 +251,16 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         """Exclusive prefix sum over the threads: (sum of `value` in the threads before this one, sum in all)."""
         sums[thread] = value
         sync()
-        before = 0
-        total = 0
-        for t in range(num_threads):
-            if t < thread:
-                before += sums[t]
-            total += sums[t]
+        distance = 1
+        while distance < num_threads:
+            below = sums[thread - distance] if thread >= distance else 0
+            sync()
+            sums[thread] += below
+            sync()
+            distance *= 2
+        through, total = sums[thread], sums[num_threads - 1]
         sync()
-        return before, total
+        return through - value, total
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
@@ -302,7 +304,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
-        best = _try_shares(thread, num_threads, sums, trials, axis, jobs, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+        best = _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
         for worker in range(thread, num_workers, num_threads):
             workers[worker, BEGIN_JOB] = trials[best, worker, 0]
             workers[worker, BEGIN_BLOCK] = trials[best, worker, 1]

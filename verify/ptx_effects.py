@@ -25,8 +25,8 @@ ALIGNMENT = 1024
 TENSOR_SHAPE = (3, 2, 80, 128)
 # Inside but for the last rows; over two edges; a page that there is not.
 BOXES = ((64, 40, 1, 2), (-32, -8, 0, 0), (0, 0, 0, 3))
-# Of two tiles of 64 columns each: inside but for the last rows; over two edges; a page that there is not.
-BOXES_5D = ((0, 40, 0, 1, 2), (0, -8, 1, 0, 0), (0, 0, 0, 1, 3))
+# Of two tiles of 64 columns each: over two edges; a page that there is not.
+BOXES_5D = ((0, -8, 1, 1, 2), (0, 0, 0, 0, 3))
 # Of stores: an H100 takes no negative ones.
 STORE_BOXES = ((64, 40, 1, 2), (96, 72, 0, 0), (0, 0, 0, 3))
 

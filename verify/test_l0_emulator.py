@@ -78,6 +78,11 @@ def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACas
         assert_same_results(result, results[0], f"schedule {seed}")
 
 
+def test_cache_without_pages_is_not_touched() -> None:
+    """The last worker rehearses also where there is nothing to read from."""
+    check(MLACase(seq_lens=(0,), num_heads_q=16, spare_pages=0), Schedule(0, 3, 8))
+
+
 @pytest.mark.parametrize(("num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [
     (3, 1, 16, 1), (8, 2, 34, 3), (9, 1, 80, 2), (16, 1, 5, 1), (17, 1, 20, 3), (33, 1, 16, 2), (132, 1, 1, 3)])
 def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int, num_sms: int) -> None:
@@ -91,25 +96,35 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     assert schedule.num_splits[1] == num_parts
     # (slot, KV head, row tile, half, warp of it, strip, lane's row, lane's columns, row 8 further on, column): see hopper_merge.
     o = rng.standard_normal((schedule.num_slots, num_kv_heads, row_tiles, 2, 4, 32, 8, 4, 2, 2)).astype(np.float32)
-    lse2 = rng.normal(0, 4, (schedule.num_slots, num_kv_heads, row_tiles, 64)).astype(np.float32)
-    lse2[rng.random(lse2.shape) < 0.1] = -np.inf
-    lse2[:, :, 0, 0] = -np.inf
+    maxima = rng.normal(0, 4, (schedule.num_slots, num_kv_heads, row_tiles, 64)).astype(np.float32)
+    maxima[rng.random(maxima.shape) < 0.1] = -np.inf
+    maxima[:, :, 0, 0] = -np.inf
+    # What the decode leaves is not divided by the sums of exponentials relative to the maxima.
+    sums = np.where(np.isfinite(maxima), rng.uniform(0.5, 100, maxima.shape), 0).astype(np.float32)
+    lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
+    sums_of_o = sums.reshape(*sums.shape[:3], 4, 2, 8).transpose(0, 1, 2, 3, 5, 4)[:, :, :, None, :, None, :, None, :, None]
+    o_partial = (o * sums_of_o).astype(np.float32)
+    states = np.ascontiguousarray(np.broadcast_to(np.stack((maxima, sums), 3)[:, :, :, None], (*sums.shape[:3], 2, 2, 64)))
+    # Of the warps that have rows all parts are there.
+    counters = np.zeros((schedule.num_slots, num_kv_heads, row_tiles, 2, 4), np.uint32)
+    counters[0] = num_parts * (16 * np.arange(4 * row_tiles).reshape(row_tiles, 1, 4) < heads)
     gpu = EmulatedGpu(num_parts, num_sms=num_sms)
     out, lse = np.full((1, num_heads_q, 512), np.nan, np.float16), np.full((num_heads_q, 1), np.nan, np.float32)
-    both_halves = np.ascontiguousarray(np.broadcast_to(lse2[:, :, :, None], (*lse2.shape[:3], 2, 64)))
-    address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("out", "lse"))
-               for name, array in (("o", o), ("lse2", both_halves), ("out", out), ("lse", lse))}
+    address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("counters", "out", "lse"))
+               for name, array in (("o", o_partial), ("states", states), ("counters", counters), ("out", out), ("lse", lse))}
     tables = gpu.place_schedule(schedule).addresses
-    gpu.launch(hopper.merge_spec("float16"), (2 * num_sms, 1, 1), 0, tables["merges"], tables["totals"], address["o"], address["lse2"],
-               address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, ceil_div(heads, 16), num_kv_heads, heads, np.inf)
+    gpu.launch(hopper.merge_spec("float16"), (2 * num_sms, 1, 1), 0, tables["merges"], tables["totals"], address["o"], address["states"],
+               address["counters"], address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, ceil_div(heads, 16), num_kv_heads, heads,
+               np.inf)
     gpu.run()
+    assert not counters.any()
 
     rows = o.transpose(0, 1, 2, 4, 8, 6, 3, 5, 7, 9).reshape(schedule.num_slots, num_kv_heads, row_tiles * 64, 512)[:, :, :heads]
-    lses = math.log(2) * lse2.reshape(schedule.num_slots, num_kv_heads, -1)[:, :, :heads].astype(float)
-    states = [(rows[i].reshape(1, num_heads_q, 512), lses[i].reshape(num_heads_q, 1)) for i in range(num_parts)]
-    want, want_lse = merge_states_ref(states)
-    weighted, _ = merge_states_ref([(np.abs(part), part_lse) for part, part_lse in states])
-    # A weight is an exp2 of a rounded difference of up to 2^5; sums of num_parts products.
+    lses = math.log(2) * lse2.reshape(schedule.num_slots, num_kv_heads, -1)[:, :, :heads]
+    parts = [(rows[i].reshape(1, num_heads_q, 512), lses[i].reshape(num_heads_q, 1)) for i in range(num_parts)]
+    want, want_lse = merge_states_ref(parts)
+    weighted, _ = merge_states_ref([(np.abs(part), part_lse) for part, part_lse in parts])
+    # A weight is an exp2 of a rounded difference of up to 2^5; sums of num_parts products; each part was rounded once more above.
     relative = 2 * FUNCTION + 2 * 2 ** 5 * UNIT + gamma(2 * num_parts + 8)
     step, least = unit_roundoff("float16")
     assert_within("out", out, want, relative * weighted + step * np.abs(want) + least)

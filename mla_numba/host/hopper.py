@@ -220,6 +220,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
     merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
+    # Of a cache without pages TMA reads nothing, but its map must begin where there is memory (H100).
+    has_pages = kv_cache.size > 0
     # The kernels store 16 bytes of a row at a time.
     out_fits = all(stride % 16 == 0 for stride in out_strides)
 
@@ -239,7 +241,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
             if copies_out:
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
-            device.launch(kernel, grid, stream, q_map(q, stream), *kv_maps(kv_cache), block_table, *table_words, tables["jobs"],
+            device.launch(kernel, grid, stream, q_map(q, stream), *kv_maps(kv_cache if has_pages else o_partial), block_table, *table_words, tables["jobs"],
                           tables["workers"], tables["starts"], *results, o_partial, state_partial, counters, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,

@@ -7,6 +7,8 @@ from ..scheduler import make_scheduler
 
 # The simulator runs every thread as a Python thread.
 NUM_THREADS = 8 if config.ENABLE_CUDASIM else 256
+# Positions of jobs that shared memory holds; the searches in them are chains of loads.
+AXIS_SMEM = 4096
 
 
 @cuda.jit(device=True)
@@ -25,6 +27,9 @@ def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, cau
                    totals):
     """Fill the schedule (see `scheduler.build`). Grid 1, block NUM_THREADS."""
     sums_smem = cuda.shared.array(NUM_THREADS, int32)
+    axis_smem = cuda.shared.array(AXIS_SMEM, int32)
+    if axis.size <= AXIS_SMEM:
+        axis = axis_smem
     _build(cuda.threadIdx.x, NUM_THREADS, sums_smem, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
            block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers, starts,
            merges, totals)

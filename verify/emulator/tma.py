@@ -62,6 +62,8 @@ def load(machine: Machine, thread: Thread, tensor_map: TensorMap, coordinates: t
     barrier.require_made(thread)
     if not barrier.known_to_async:
         raise Finding("barrier", f"TMA to {address:#x} behind an mbarrier whose initialisation no fence has made known to the async proxy")
+    # Also for a box that lies outside of the tensor: an H100 says CUDA_ERROR_ILLEGAL_ADDRESS.
+    machine.memory.find(tensor_map.address, ELEMENT_BYTES, ELEMENT_BYTES)
     smem = block.smem
     rows = _box_rows(smem, address, tensor_map)
     smem.async_write(thread, barrier.agent, barrier.phase + 1, words_of(rows), line)
