@@ -241,8 +241,9 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
             if copies_out:
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
-            device.launch(kernel, grid, stream, q_map(q, stream), *kv_maps(kv_cache if has_pages else o_partial), block_table, *table_words, tables["jobs"],
-                          tables["workers"], tables["starts"], *results, o_partial, state_partial, counters, *words)
+            maps = (q_map(q, stream), *kv_maps(kv_cache if has_pages else o_partial))
+            device.launch(kernel, grid, stream, *maps, block_table, *table_words, tables["jobs"], tables["workers"], tables["starts"],
+                          *results, o_partial, state_partial, counters, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
                               *results, *merge_words)
