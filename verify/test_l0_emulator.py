@@ -78,9 +78,16 @@ def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACas
         assert_same_results(result, results[0], f"schedule {seed}")
 
 
-def test_cache_without_pages_is_not_touched() -> None:
-    """The last worker rehearses also where there is nothing to read from."""
-    check(MLACase(seq_lens=(0,), num_heads_q=16, spare_pages=0), Schedule(0, 3, 8))
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_cache_without_pages_reads_as_zeros(page_size: int) -> None:
+    """Whatever the table says, and where nobody but the rehearsing worker reads."""
+    case = MLACase(seq_lens=(0,), num_heads_q=16, page_size=page_size, spare_pages=0, spare_columns=1)
+    check(case, Schedule(0, 3, 8))
+    inputs = case.build()
+    inputs.block_table[:], inputs.seq_lens[:] = 0, 5
+    out, lse = decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, None, True)
+    assert not out.astype(np.float32).any()
+    np.testing.assert_allclose(lse, math.log(5), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [

@@ -173,13 +173,19 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Calla
     from ..kernels.hopper_config import NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
-    sizes = (TILE_COLUMNS, shape.page_size, NUM_TILES, shape.num_heads_kv, max(kv_cache.shape[0], 1))
+    num_pages, heads = kv_cache.shape[0], shape.num_heads_kv
+    if num_pages == 0:
+        # A tensor map has a page at least, and must begin where there is memory (H100). Every page id reads as zeros.
+        page_stride, token_stride, head_stride = _c_strides((1, shape.page_size, heads, HEAD_DIM_QK))
+    sizes = (TILE_COLUMNS, shape.page_size, NUM_TILES, heads, max(num_pages, 1))
     strides = (token_stride or 16, 2 * TILE_COLUMNS, head_stride or 16, page_stride or 16)
     config = HopperConfig(shape.dtype, shape.page_size)
     left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in SIDE_TILES)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def tensor_maps(address: int) -> tuple[int, int]:
+        if num_pages == 0:
+            address = device.workspace(page_stride // 4, 0, "zeros")
         return (device.tensor_map(shape.dtype, address, sizes, strides, left),
                 device.tensor_map(shape.dtype, address, sizes, strides, right))
 
@@ -220,8 +226,6 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
     merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
-    # Of a cache without pages TMA reads nothing, but its map must begin where there is memory (H100).
-    has_pages = kv_cache.size > 0
     # The kernels store 16 bytes of a row at a time.
     out_fits = all(stride % 16 == 0 for stride in out_strides)
 
@@ -241,7 +245,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
             if copies_out:
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
-            maps = (q_map(q, stream), *kv_maps(kv_cache if has_pages else o_partial))
+            maps = (q_map(q, stream), *kv_maps(kv_cache))
             device.launch(kernel, grid, stream, *maps, block_table, *table_words, tables["jobs"], tables["workers"], tables["starts"],
                           *results, o_partial, state_partial, counters, *words)
             if num_slots > 0:

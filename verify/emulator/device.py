@@ -78,7 +78,7 @@ class EmulatedGpu:
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
         if purpose not in self._workspaces:
             # What is not said to be zero is what former calls left there.
-            fill = 0 if purpose == "counters" else 0xFF
+            fill = 0 if purpose in ("counters", "zeros") else 0xFF
             self._workspaces[purpose] = np.full(4 * num_floats, fill, np.uint8)
             self._addresses[purpose] = self.machine.memory.add(purpose, self._workspaces[purpose], writable=True,
                                                                written=purpose != "partials")
