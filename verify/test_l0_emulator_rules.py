@@ -104,6 +104,14 @@ def write_after_read_without_barrier(k):
 
 
 @healthy
+def two_shared_arrays_made_in_one_line(k):
+    def kernel():
+        a, b = k.cuda.shared.array(32, types.float32), k.cuda.shared.array(32, types.float32)
+        (a if k.thread < 32 else b)[k.thread & 31] = f32(1)
+    return kernel
+
+
+@healthy
 def write_barrier_read_barrier_write(k):
     def kernel():
         for _ in range(2):
@@ -222,6 +230,18 @@ def odd_vector(k):
 @broken("misaligned", "ldmatrix or stmatrix")
 def odd_matrix_row(k):
     return lambda: k.ptx.ldmatrix_x4(k.cuda.local.array(4, types.uint32), 0, k.base() + 8)
+
+
+@broken("out of bounds", "global address")
+def box_outside_of_a_tensor_that_lies_nowhere(k):
+    k.gpu.maps[k.map] = TensorMap(16, (64, 64, 1, 1), (128, 128 * 64, 128 * 64), (64, 64, 1, 1))
+
+    def kernel():
+        mbar = k.one_mbarrier()
+        if k.thread == 0:
+            k.ptx.mbarrier_arrive_expect_tx(mbar, 8192)
+            k.ptx.tma_load_4d(k.base() + DATA, k.map, mbar, 0, 0, 0, -1, k.ptx.EVICT_FIRST)
+    return kernel
 
 
 @broken("misaligned", "no multiple of 128")

@@ -5,7 +5,7 @@ a third brings the tiles. With even block j, odd block j + 1:
 
     warpgroup 0 (O left)   | mask, max, exp P0 | O_l += P0 V0_l | P0 to smem | O_l += P1 V1_l, S = Q K(j+2)      |
     warpgroup 1 (O right)  |     S = Q K(j+1)        | mask, max, exp P1 | O_r += P1 V1_r, O_r += P0 V0_r | S = ... |
-    warpgroup 2, one warp  | TMA: K0 tiles 0-3, K1 tiles 4-8, K0 tiles 4-8, K1 tiles 0-3, each as its last reader is done |
+    warpgroup 2, one warp  | TMA: K0 left, K1 right, K0 right, K1 left side, each as its last reader is done              |
 
 While one warpgroup exponentiates, the other one's products keep the tensor core busy ("seesaw"). A tile of V is a tile of K: the cache
 is read once. The running maximum goes 0 -> 1 -> 0 through max_smem, and only follows where a row grew by more than 2^8.
@@ -16,10 +16,11 @@ is read once. The running maximum goes 0 -> 1 -> 0 through max_smem, and only fo
 
 Who waits for whom (see the table in docs/kernel.md; one line each where it happens):
 
-    full[buffer][side]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use; side 0 is tiles 0-3
-    empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0 is tiles 0-3, side 1 is tiles 4-8
+    full[buffer][side]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use
+    empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0, left, is tiles 0-3, side 1, right, is tiles 4-8
     q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
     P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS    named barriers of the 256 consumers
+    MAPS                  the warp beside the producer's, which readies the tensor maps -> producer; once
 
 This file is the schedule. hopper_load brings the tiles, hopper_products multiplies, hopper_softmax is in between, hopper_store ends a
 piece, hopper_config has the numbers.

@@ -118,7 +118,7 @@ class Cuda:
         if count == 0:
             return SharedArray(self._machine, block.dynamic_smem, 0, str(kind))
         frame = sys._getframe(1)
-        key = (frame.f_code, frame.f_lineno)
+        key = (frame.f_code, frame.f_lasti)
         if key not in block.static_arrays:
             block.static_arrays[key] = block.next_static
             block.next_static += -(-count * _ITEM_BYTES[str(kind)] // 16) * 16
