@@ -3,9 +3,12 @@
 import argparse
 import json
 import math
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from rich.table import Table
 
 from verify import runner
 from verify.cases import MLACase
-from verify.properties import PROPERTIES
+from verify.properties import PROPERTIES, Property
 from verify.strategies import DIMS
 from verify.targets import ARRAY_KINDS, Target, emulated, external, ours, simulator
 
@@ -28,6 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile", choices=runner.PROFILES, default="default", help="how many cases (default: %(default)s)")
     parser.add_argument("--property", action="append", metavar="NAME", help=f"one of {', '.join(PROPERTIES)}; repeatable")
     parser.add_argument("--dims", action="append", choices=DIMS, help="sizes to draw from (default: what suits the target); repeatable")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the properties (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing of cases (default: %(default)s)")
     parser.add_argument("--replay", metavar="CASE", help="run one case, as printed: 'MLACase(seq_lens=(65,), ...)'")
     parser.add_argument("--arrays", choices=ARRAY_KINDS, help="what the target is given (default: numpy; numba for ours on a GPU)")
@@ -57,24 +61,56 @@ def find_targets(options: argparse.Namespace, console: Console) -> list[Target]:
     return targets
 
 
+# A row of the table to be: target, dims, property, examples.
+Row = tuple[Target, str, Property, int]
+# Of a process among several: its own targets.
+_targets: list[Target] = []
+
+
+def _begin_process(options: argparse.Namespace) -> None:
+    _targets[:] = find_targets(options, Console(quiet=True))
+
+
+def _run_apart(options: argparse.Namespace, target: int, dims: str, prop: str, examples: int) -> runner.Result:
+    return runner.run_property(_targets[target], PROPERTIES[prop], dims, examples=examples, seed=options.seed,
+                               shrink_s=runner.PROFILES[options.profile].shrink_s)
+
+
+def _in_processes(options: argparse.Namespace, targets: Sequence[Target], plan: Sequence[Row]) -> Iterator[tuple[int, runner.Result]]:
+    """(number of the row, result), as rows are done."""
+    # A thread each: together they have the machine's cores.
+    for library in ("OMP", "OPENBLAS", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _begin_process, (options,)) as pool:
+        futures = {pool.submit(_run_apart, options, targets.index(target), dims, prop.name, examples): number
+                   for number, (target, dims, prop, examples) in enumerate(plan)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
 def run_suite(options: argparse.Namespace, targets: Sequence[Target], console: Console) -> list[runner.Result]:
     """Every property against every target, with a progress bar."""
     plan = list(runner.plan_runs(targets, runner.select(options.property), options.dims, runner.PROFILES[options.profile]))
-    results = []
+    results: dict[int, runner.Result] = {}
     columns = (TextColumn("{task.description}", table_column=None), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=sum(examples for *_, examples in plan))
         done = 0
-        for target, dims, prop, examples in plan:
-            progress.update(bar, description=f"{target.name} {dims} {prop.name}", completed=done)
-            result = runner.run_property(target, prop, dims, examples=examples, seed=options.seed,
-                                         shrink_s=runner.PROFILES[options.profile].shrink_s,
-                                         on_case=lambda result, before=done: progress.update(bar, completed=before + result.cases))
-            done += examples
-            results.append(result)
+
+        def in_turn() -> Iterator[tuple[int, runner.Result]]:
+            for number, (target, dims, prop, examples) in enumerate(plan):
+                progress.update(bar, description=f"{target.name} {dims} {prop.name}")
+                yield number, runner.run_property(target, prop, dims, examples=examples, seed=options.seed,
+                                                  shrink_s=runner.PROFILES[options.profile].shrink_s,
+                                                  on_case=lambda result: progress.update(bar, completed=done + result.cases))
+
+        for number, result in _in_processes(options, targets, plan) if options.jobs > 1 else in_turn():
+            done += plan[number][3]
+            progress.update(bar, description=f"{result.target} {result.dims} {result.property}", completed=done)
+            results[number] = result
             if result.status == "failed":
-                console.print(f"FAILED {target.name} {result.message}\n", style="red", highlight=False, markup=False, soft_wrap=True)
-    return results
+                console.print(f"FAILED {result.target} {result.message}\n", style="red", highlight=False, markup=False, soft_wrap=True)
+    return [results[number] for number in range(len(plan))]
 
 
 def replay(options: argparse.Namespace, targets: Sequence[Target], console: Console) -> list[runner.Result]:

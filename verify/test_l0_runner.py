@@ -82,6 +82,19 @@ def test_a_right_target_passes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "all properties hold" in text and "not applicable" in text
 
 
+def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rows in the same order, of the same cases."""
+    some = [option for name in ("equals_float64", "poison", "batch_invariant") for option in ("--property", name)]
+    rows = []
+    for jobs in ("1", "2"):
+        assert verify("right", *some, "--jobs", jobs, "--json", str(tmp_path / jobs)) == 0
+        report = json.loads((tmp_path / jobs).read_text())
+        rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in report["results"]])
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert verify("wrong", *some, "--jobs", "2") == 1
+    assert "FAILED verify.test_l0_runner:wrong equals_float64" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["wrong", "misshapen", "crashing", "racing"])
 def test_a_bad_target_fails_and_its_reproducer_replays(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     prop = "reruns" if name == "racing" else "equals_float64"
