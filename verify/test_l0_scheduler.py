@@ -104,6 +104,9 @@ def _check(schedule, shape):
             for column, of_job in _MERGE_COPIES.items():
                 assert row[column] == schedule.jobs[job, of_job]
     assert next(rows, None) is None
+    if config.merge_share_parts >= 4:
+        # What hopper sizes the merge's grid by.
+        assert schedule.totals[TOTAL_MERGES] <= min(schedule.num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     if not config.split_blocks:
         assert schedule.totals[TOTAL_EXTRA_SPLITS] < config.num_workers
     assert schedule.num_splits[num_jobs] == num_jobs + schedule.totals[TOTAL_EXTRA_SPLITS]
