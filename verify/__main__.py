@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -78,10 +79,10 @@ def _run_apart(options: argparse.Namespace, target: int, dims: str, prop: str, e
 
 def _in_processes(options: argparse.Namespace, targets: Sequence[Target], plan: Sequence[Row]) -> Iterator[tuple[int, runner.Result]]:
     """(number of the row, result), as rows are done."""
-    # A thread each: together they have the machine's cores.
-    for library in ("OMP", "OPENBLAS", "NUMBA"):
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _begin_process, (options,)) as pool:
+    # A thread each, as together they have the machine's cores: said in the environment that they are born into, and not in this process.
+    threads = {f"{library}_NUM_THREADS": os.environ.get(f"{library}_NUM_THREADS", "1") for library in ("OMP", "OPENBLAS", "NUMBA")}
+    with (mock.patch.dict(os.environ, threads),
+          ProcessPoolExecutor(options.jobs, get_context("spawn"), _begin_process, (options,)) as pool):
         futures = {pool.submit(_run_apart, options, targets.index(target), dims, prop.name, examples): number
                    for number, (target, dims, prop, examples) in enumerate(plan)}
         for future in as_completed(futures):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_a_right_target_passes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same rows in the same order, of the same cases."""
+    before = os.environ.get("NUMBA_NUM_THREADS")
     some = [option for name in ("equals_float64", "poison", "batch_invariant") for option in ("--property", name)]
     rows = []
     for jobs in ("1", "2"):
@@ -93,6 +95,7 @@ def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFi
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert verify("wrong", *some, "--jobs", "2") == 1
     assert "FAILED verify.test_l0_runner:wrong equals_float64" in capsys.readouterr().out
+    assert os.environ.get("NUMBA_NUM_THREADS") == before, "Numba refuses to compile after such a change"
 
 
 @pytest.mark.parametrize("name", ["wrong", "misshapen", "crashing", "racing"])
