@@ -84,14 +84,14 @@ def test_a_right_target_passes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 
 def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same rows in the same order, of the same cases."""
+    """The same rows in the same order. (What Hypothesis draws depends on the modules that a process has loaded, too.)"""
     before = os.environ.get("NUMBA_NUM_THREADS")
     some = [option for name in ("equals_float64", "poison", "batch_invariant") for option in ("--property", name)]
     rows = []
     for jobs in ("1", "2"):
         assert verify("right", *some, "--jobs", jobs, "--json", str(tmp_path / jobs)) == 0
         report = json.loads((tmp_path / jobs).read_text())
-        rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in report["results"]])
+        rows.append([{key: value for key, value in row.items() if key not in ("seconds", "worst")} for row in report["results"]])
     assert rows[0] == rows[1] and len(rows[0]) == 3
     assert verify("wrong", *some, "--jobs", "2") == 1
     assert "FAILED verify.test_l0_runner:wrong equals_float64" in capsys.readouterr().out
