@@ -2,26 +2,21 @@
 
 import argparse
 import json
-import math
-import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from verify import runner
 from verify.cases import MLACase
-from verify.properties import PROPERTIES, Property
+from verify.properties import PROPERTIES
 from verify.strategies import DIMS
-from verify.targets import ARRAY_KINDS, Target, emulated, external, ours, simulator
+from verify.suite import find_targets, run_suite
+from verify.targets import ARRAY_KINDS, Target, simulator
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -39,79 +34,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--empty-lse", choices=("+inf", "-inf"), default="+inf", help="lse of a row that sees nothing, of --target")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     return parser.parse_args(arguments)
-
-
-def find_targets(options: argparse.Namespace, console: Console) -> list[Target]:
-    """What was asked for; without a word, every backend of ours that runs here."""
-    targets = [external(path, arrays=options.arrays or "numpy", empty_lse=math.inf if options.empty_lse == "+inf" else -math.inf)
-               for path in options.target or ()]
-    if options.emulated:
-        targets.append(emulated(options.seed))
-    if options.backend or not targets:
-        from mla_numba.contract import BACKENDS
-        from mla_numba.dispatch import unavailable
-
-        for name in options.backend or BACKENDS:
-            reasons = unavailable(name)
-            if not reasons:
-                targets.append(ours(name, arrays=options.arrays))
-            elif options.backend:
-                raise ValueError(f"--backend {name} cannot run here: {', '.join(reasons)}")
-            else:
-                console.print(f"{name}: not here: {', '.join(reasons)}", style="dim", markup=False, highlight=False)
-    return targets
-
-
-# A row of the table to be: target, dims, property, examples.
-Row = tuple[Target, str, Property, int]
-# Of a process among several: its own targets.
-_targets: list[Target] = []
-
-
-def _begin_process(options: argparse.Namespace) -> None:
-    _targets[:] = find_targets(options, Console(quiet=True))
-
-
-def _run_apart(options: argparse.Namespace, target: int, dims: str, prop: str, examples: int) -> runner.Result:
-    return runner.run_property(_targets[target], PROPERTIES[prop], dims, examples=examples, seed=options.seed,
-                               shrink_s=runner.PROFILES[options.profile].shrink_s)
-
-
-def _in_processes(options: argparse.Namespace, targets: Sequence[Target], plan: Sequence[Row]) -> Iterator[tuple[int, runner.Result]]:
-    """(number of the row, result), as rows are done."""
-    # A thread each, as together they have the machine's cores: said in the environment that they are born into, and not in this process.
-    threads = {f"{library}_NUM_THREADS": os.environ.get(f"{library}_NUM_THREADS", "1") for library in ("OMP", "OPENBLAS", "NUMBA")}
-    with (mock.patch.dict(os.environ, threads),
-          ProcessPoolExecutor(options.jobs, get_context("spawn"), _begin_process, (options,)) as pool):
-        futures = {pool.submit(_run_apart, options, targets.index(target), dims, prop.name, examples): number
-                   for number, (target, dims, prop, examples) in enumerate(plan)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-def run_suite(options: argparse.Namespace, targets: Sequence[Target], console: Console) -> list[runner.Result]:
-    """Every property against every target, with a progress bar."""
-    plan = list(runner.plan_runs(targets, runner.select(options.property), options.dims, runner.PROFILES[options.profile]))
-    results: dict[int, runner.Result] = {}
-    columns = (TextColumn("{task.description}", table_column=None), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=sum(examples for *_, examples in plan))
-        done = 0
-
-        def in_turn() -> Iterator[tuple[int, runner.Result]]:
-            for number, (target, dims, prop, examples) in enumerate(plan):
-                progress.update(bar, description=f"{target.name} {dims} {prop.name}")
-                yield number, runner.run_property(target, prop, dims, examples=examples, seed=options.seed,
-                                                  shrink_s=runner.PROFILES[options.profile].shrink_s,
-                                                  on_case=lambda result: progress.update(bar, completed=done + result.cases))
-
-        for number, result in _in_processes(options, targets, plan) if options.jobs > 1 else in_turn():
-            done += plan[number][3]
-            progress.update(bar, description=f"{result.target} {result.dims} {result.property}", completed=done)
-            results[number] = result
-            if result.status == "failed":
-                console.print(f"FAILED {result.target} {result.message}\n", style="red", highlight=False, markup=False, soft_wrap=True)
-    return [results[number] for number in range(len(plan))]
 
 
 def replay(options: argparse.Namespace, targets: Sequence[Target], console: Console) -> list[runner.Result]:

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -93,6 +95,9 @@ def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFi
         report = json.loads((tmp_path / jobs).read_text())
         rows.append([{key: value for key, value in row.items() if key not in ("seconds", "worst")} for row in report["results"]])
     assert rows[0] == rows[1] and len(rows[0]) == 3
+    # As a program, whose __main__ its processes do not have.
+    program = [sys.executable, "-m", "verify", "--target", "verify.test_l0_runner:right", "--profile", "quick", "--dims", "small"]
+    assert subprocess.run([*program, *some, "--jobs", "2"], cwd=Path(__file__).parents[1], check=False, capture_output=True).returncode == 0
     assert verify("wrong", *some, "--jobs", "2") == 1
     assert "FAILED verify.test_l0_runner:wrong equals_float64" in capsys.readouterr().out
     assert os.environ.get("NUMBA_NUM_THREADS") == before, "Numba refuses to compile after such a change"
