@@ -21,10 +21,13 @@ from unittest import mock
 if TYPE_CHECKING:
     from mla_numba.host.launch import KernelSpec
 
-VARIANTS = tuple((dtype, page_size) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128))
+# (dtype, page_size, row_tiles).
+VARIANTS = (*((dtype, page_size, 1) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128)),
+            *(("bfloat16", page_size, row_tiles) for page_size, row_tiles in ((16, 2), (64, 2), (64, 3), (64, 4))), ("float16", 16, 4))
 # Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
 HARMFUL_WARNINGS = ("C7504", "C7508", "C7509", "C7510", "C7514")
-OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "USETMAXREG", "SYNCS", "BAR", "STSM", "LDSM", "LDL", "STL")
+OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "UTMALDG.5D.MULTICAST", "UCGABAR_WAIT", "CCTL.E.PF2", "USETMAXREG", "SYNCS", "BAR",
+           "STSM", "LDSM", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ def inspect(spec: "KernelSpec") -> SassReport:
                       len(operations), seconds)
 
 
-def hopper_kernels(variants: Sequence[tuple[str, int]] = VARIANTS) -> Iterator[SassReport]:
-    """A report for the decode kernel of each (dtype, page_size), and for the merge kernel of each dtype."""
+def hopper_kernels(variants: Sequence[tuple[str, int, int]] = VARIANTS) -> Iterator[SassReport]:
+    """A report for the decode kernel of each (dtype, page_size, row_tiles), and for the merge kernel of each dtype."""
     from mla_numba.host.hopper import decode_spec, merge_spec
 
     for variant in variants:
         yield inspect(decode_spec(*variant))
-    for dtype in dict.fromkeys(dtype for dtype, _ in variants):
+    for dtype in dict.fromkeys(dtype for dtype, *_ in variants):
         yield inspect(merge_spec(dtype))
 
 

@@ -273,11 +273,11 @@ def _tma_load(inputs: Arrays) -> Arrays:
     return {"out": np.stack(tiles).view(np.uint32).reshape(-1), "held": np.zeros(1, np.uint32)}
 
 
-def _tile_map() -> dict[str, TensorMap]:
+def _tile_map(rows: int, tiles: int) -> dict[str, TensorMap]:
     """The same tensor, its columns as an axis of tiles of 64."""
     num_w, num_z, num_y, num_x = TENSOR_SHAPE
     return {"tensor": TensorMap((64, num_y, num_x // 64, num_z, num_w), (2 * num_x, 128, 2 * num_x * num_y, 2 * num_x * num_y * num_z),
-                                (64, 64, 2, 1, 1))}
+                                (64, rows, tiles, 1, 1))}
 
 
 def _tma_load_5d(inputs: Arrays) -> Arrays:
@@ -291,6 +291,11 @@ def _tma_load_5d(inputs: Arrays) -> Arrays:
 
 def _tma_multicast(inputs: Arrays) -> Arrays:
     tiles = [_swizzled(inputs["tensor"][w, 1, :64, 64:]) for w in (0, 0, 1, 1)]
+    return {"out": np.stack(tiles).view(np.uint32).reshape(-1)}
+
+
+def _tma_multicast_turns(inputs: Arrays) -> Arrays:
+    tiles = [_swizzled(inputs["tensor"][w, 1, :64, :64]) for _ in range(2) for w in range(TENSOR_SHAPE[0])]
     return {"out": np.stack(tiles).view(np.uint32).reshape(-1)}
 
 
@@ -397,9 +402,13 @@ _ALL = [
       for name, expect_apart in (("tma_load", False), ("tma_load_expect_tx", True))),
     Effect("tma_load_5d", "make_tma_load_5d",
            lambda rng: {"out": _unset(len(BOXES_5D) * 2 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_load_5d,
-           (BOXES_5D, 2), num_threads=128, smem_bytes=len(BOXES_5D) * 2 * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tile_map()),
+           (BOXES_5D, 2), num_threads=128, smem_bytes=len(BOXES_5D) * 2 * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tile_map(64, 2)),
     Effect("tma_multicast", "make_tma_multicast", lambda rng: {"out": _unset(4 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_multicast,
            (2,), num_threads=128, num_blocks=4, cluster_size=2, smem_bytes=TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(32)),
+    Effect("tma_multicast_turns", "make_tma_multicast_turns",
+           lambda rng: {"out": _unset(2 * TENSOR_SHAPE[0] * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_multicast_turns,
+           (TENSOR_SHAPE[0], 64), num_threads=64, num_blocks=2, cluster_size=2, smem_bytes=TILE_BYTES + 16 + ALIGNMENT,
+           tensor_maps=_tile_map(32, 1)),
     *(Effect(f"tma_store_{fence}", "make_tma_store",
              lambda rng: {"tensor": _tensor(rng), "tiles": _words(rng, len(STORE_BOXES) * TILE_BYTES // 4)}, _tma_store,
              (STORE_BOXES, fence),

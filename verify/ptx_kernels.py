@@ -487,6 +487,52 @@ def make_tma_multicast(cluster_size):
     return kernel
 
 
+def make_tma_multicast_turns(num_pages, num_threads):
+    """A ring of one place in each of two blocks: each loads half of the rows of every page's first tile for both, when all threads of both
+    have read the page before."""
+    share_bytes = TILE_BYTES // 2
+    share_rows = share_bytes // 128
+
+    def kernel(out, tensor_map):
+        thread, rank = i32(cuda.threadIdx.x), ptx.cluster_ctarank()
+        base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
+        full, empty = base + u32(TILE_BYTES), base + u32(TILE_BYTES + 8)
+        quad_rmem = cuda.local.array(4, types.uint32)
+        if thread == 0:
+            ptx.mbarrier_init(full, u32(1))
+            ptx.mbarrier_init(empty, u32(2 * num_threads))
+            ptx.fence_mbarrier_init()
+        cuda.syncwarp()
+        ptx.barrier_cluster_arrive_relaxed()
+        # All threads of this block: its mbarriers are there.
+        cuda.syncthreads()
+        # All threads of both blocks: the other one's mbarriers are there.
+        ptx.barrier_cluster_wait()
+        if thread == 0:
+            ptx.fence_proxy_tensormap_acquire(tensor_map)
+        for page in range(num_pages):
+            if thread == 0:
+                # All threads of both blocks arrived; the first page does not wait.
+                ptx.mbarrier_wait_parity(empty, u32(page & 1) ^ u32(1))
+                ptx.mbarrier_arrive_expect_tx(full, u32(TILE_BYTES))
+                ptx.tma_load_5d_multicast(base + rank * u32(share_bytes), tensor_map, full, i32(0), i32(rank * u32(share_rows)), i32(0),
+                                          i32(1), i32(page), u16(3), u64(ptx.EVICT_NORMAL))
+            cuda.syncwarp()
+            # Thread 0 arrived, all bytes came, from both blocks.
+            ptx.mbarrier_wait_parity(full, u32(page & 1))
+            for at in range(16 * thread, TILE_BYTES, 16 * num_threads):
+                ptx.ld_shared_v4_b32(quad_rmem, 0, base + u32(at))
+                ptx.st_global_v4_b32(out + u64((i32(cuda.blockIdx.x) * num_pages + page) * TILE_BYTES + at), quad_rmem[0], quad_rmem[1],
+                                     quad_rmem[2], quad_rmem[3])
+            ptx.mbarrier_arrive(empty)
+            ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(empty, rank ^ u32(1)))
+        # All threads of both blocks: nobody loads into the other one, or arrives there, any more.
+        ptx.barrier_cluster_arrive_relaxed()
+        ptx.barrier_cluster_wait()
+
+    return kernel
+
+
 def make_tma_store(boxes, fence_name):
     """Boxes of [64, 64] to the coordinates given, all from the same shared memory, each written when the one before has been read."""
     fence = getattr(ptx, fence_name)

@@ -59,8 +59,9 @@ class Kit:
         self.ptx.mbarrier_arrive_expect_tx(mbar, num_bytes)
         self.ptx.tma_load_4d(self.base() + DATA, self.map, mbar, 0, 0, 0, 0, self.ptx.EVICT_FIRST)
 
-    def run(self, kernel: Callable[[], None], shape: tuple[int, int, int] = (1, 1, 1), num_threads: int = NUM_THREADS) -> None:
-        self.gpu.machine.launch(kernel, "kernel", shape, num_threads, SMEM_BYTES, 1024, (), programmatic=False)
+    def run(self, kernel: Callable[[], None], shape: tuple[int, int, int] = (1, 1, 1), num_threads: int = NUM_THREADS,
+            cluster_size: int = 1) -> None:
+        self.gpu.machine.launch(kernel, "kernel", shape, num_threads, SMEM_BYTES, 1024, (), programmatic=False, cluster_size=cluster_size)
         self.gpu.machine.run()
 
 
@@ -485,14 +486,51 @@ def flag_that_nobody_sets(k):
     return kernel
 
 
+def _clustered(k: Kit, shown: bool) -> Callable[[], None]:
+    """Each of two blocks arrives at the other one's mbarrier."""
+    def kernel():
+        mbar = k.base() + MBAR
+        if k.thread == 0:
+            k.ptx.mbarrier_init(mbar, 1)
+            if shown:
+                k.ptx.fence_mbarrier_init()
+        k.cuda.syncwarp()
+        k.ptx.barrier_cluster_arrive_relaxed()
+        k.cuda.syncthreads()
+        k.ptx.barrier_cluster_wait()
+        if k.thread == 0:
+            k.ptx.mbarrier_arrive_remote(k.ptx.mapa_shared_cluster(mbar, k.ptx.cluster_ctarank() ^ 1))
+        k.ptx.mbarrier_wait_parity(mbar, 0)
+        k.ptx.barrier_cluster_arrive_relaxed()
+        k.ptx.barrier_cluster_wait()
+    return kernel
+
+
+@healthy
+def mbarriers_shown_to_the_cluster(k):
+    return _clustered(k, True)
+
+
+@broken("barrier", "nothing orders them")
+def mbarriers_not_shown_to_the_cluster(k):
+    return _clustered(k, False)
+
+
+@broken("out of bounds", "as its own shared memory")
+def other_blocks_address_as_its_own(k):
+    return lambda: k.ptx.ld_shared_i32(k.ptx.mapa_shared_cluster(k.base() + DATA, k.ptx.cluster_ctarank() ^ 1))
+
+
 BLOCKS = {"blocks_share_a_word": 2, "flag_without_release": 2, "flag_with_release": 2}
+CLUSTERS = ("mbarriers_shown_to_the_cluster", "mbarriers_not_shown_to_the_cluster", "other_blocks_address_as_its_own")
 
 
 def _run(make: Callable[[Kit], Callable[[], None]], seed: int) -> None:
     kit = Kit(seed)
     # Blocks that wait for each other must be resident together.
     kit.gpu.machine.max_resident = 1000
-    kit.run(make(kit), (BLOCKS.get(make.__name__, 1), 1, 1))
+    cluster_size = 2 if make.__name__ in CLUSTERS else 1
+    kit.run(make(kit), (BLOCKS.get(make.__name__, cluster_size), 1, 1), cluster_size=cluster_size)
 
 
 @pytest.mark.parametrize("name", BROKEN)

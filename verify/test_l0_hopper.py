@@ -42,6 +42,10 @@ def test_what_the_decode_kernel_compiles_to(variant):
     assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
     # Q at 2 places, a side of a block at 5; the compiler may double some.
     assert report.opcodes["UTMALDG"] >= 2 + 5
+    # Of two thread blocks each loads for both, arrives at the other one's barriers, and waits for it at its begin and end.
+    assert (report.opcodes["UTMALDG.5D.MULTICAST"] >= 5) == (report.opcodes["UCGABAR_WAIT"] >= 2) == (variant[2] % 2 == 0)
+    # Ten lines of 128 bytes and fewer are a row of the cache.
+    assert report.opcodes["CCTL.E.PF2"] == (9 if variant[2] > 1 else 0)
     assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
 
 
@@ -109,12 +113,12 @@ def test_team_with_kv_heads(kv_heads, team):
 
 
 def test_arguments_are_packed_as_the_kernels_read_them():
-    spec = hopper.decode_spec("bfloat16", 64)
-    assert gpu.formats(spec.types()) == "QQQQqqiQQQQqqqQqqqQQQiiiff"
+    spec = hopper.decode_spec("bfloat16", 64, 1)
+    assert gpu.formats(spec.types()) == "QQQQqqiQqqqiQQQQqqqQqqqQQQiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
 
 
 def test_boxes_are_pages_or_parts_of_them():
-    configs = {size: hopper_config.HopperConfig("bfloat16", size) for size in (8, 16, 32, 64, 128, 256)}
+    configs = {size: hopper_config.HopperConfig("bfloat16", size, 1) for size in (8, 16, 32, 64, 128, 256)}
     boxes = {size: (config.box_rows, config.pages_per_block) for size, config in configs.items()}
     assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}

@@ -47,7 +47,13 @@ class _Kernel:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes = [attribute]
+        if self._spec.cluster_size > 1:
+            cluster = driver.CUlaunchAttribute()
+            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self._spec.cluster_size, 1, 1
+            attributes.append(cluster)
+        config.attrs, config.numAttrs = attributes, len(attributes)
         if len(self.configs) == _MAX_CONFIGS:
             self.configs.clear()
         self.configs[grid, stream] = config

@@ -107,11 +107,12 @@ class Device(Protocol):
 
 
 @cache
-def decode_spec(dtype: str, page_size: int) -> KernelSpec:
+def decode_spec(dtype: str, page_size: int, row_tiles: int) -> KernelSpec:
     from ..kernels import hopper_config as kernel
 
-    return KernelSpec("hopper_decode", "make_decode_kernel", (kernel.HopperConfig(dtype, page_size),), "decode_signature",
-                      kernel.NUM_THREADS, kernel.SMEM_BYTES, fastmath=True)
+    config = kernel.HopperConfig(dtype, page_size, row_tiles)
+    return KernelSpec("hopper_decode", "make_decode_kernel", (config,), "decode_signature", kernel.NUM_THREADS, kernel.SMEM_BYTES,
+                      fastmath=True, cluster_size=config.cluster_size)
 
 
 @cache
@@ -168,10 +169,10 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
     return copying_if_needed
 
 
-def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Callable[[int], tuple[int, int]]:
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: Device) -> Callable[[int], tuple[int, int]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
-    or a tile of a page's tokens, if pages are smaller."""
-    from ..kernels.hopper_config import NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
+    or the two halves of a right side, or a tile of a page's tokens, if pages are smaller."""
+    from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
     num_pages, heads = kv_cache.shape[0], shape.num_heads_kv
@@ -180,8 +181,9 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, device: Device) -> Calla
         page_stride, token_stride, head_stride = _c_strides((1, shape.page_size, heads, HEAD_DIM_QK))
     sizes = (TILE_COLUMNS, shape.page_size, NUM_TILES, heads, max(num_pages, 1))
     strides = (token_stride or 16, 2 * TILE_COLUMNS, head_stride or 16, page_stride or 16)
-    config = HopperConfig(shape.dtype, shape.page_size)
-    left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in SIDE_TILES)
+    config = HopperConfig(shape.dtype, shape.page_size, row_tiles)
+    box_tiles = SIDE_TILES if config.cluster_size == 1 else (HALF_TILES, SIDE_TILES[1] - HALF_TILES)
+    left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in box_tiles)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def tensor_maps(address: int) -> tuple[int, int]:
@@ -212,18 +214,18 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
         from .gpu import gpu
 
         device = gpu(q.device or 0)
-    q_map, kv_maps = _q_map(shape, q, device), _kv_maps(shape, kv_cache, device)
     num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
     num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
+    q_map, kv_maps = _q_map(shape, q, device), _kv_maps(shape, kv_cache, row_tiles, device)
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
-    kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size), merge_spec(shape.dtype)
+    kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size, row_tiles), merge_spec(shape.dtype)
     # A job's rows are those of a request, or as many as its tiles have.
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
     # A job has two pieces beyond the first for each row that it has in the merge table, or more.
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_blocks = max(1, min(merge_rows * num_kv_heads * row_groups * ITEMS_PER_GROUP, BLOCKS_PER_SM * device.num_sms))
     grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_blocks, 1, 1)
-    table_words = (*block_table.strides, block_table.shape[1])
+    table_words, cache_words = (*block_table.strides, block_table.shape[1]), (*kv_cache.strides[:3], kv_cache.shape[0])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
     merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
@@ -247,8 +249,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
             maps = (q_map(q, stream), *kv_maps(kv_cache))
-            device.launch(kernel, grid, stream, *maps, block_table, *table_words, tables["jobs"], tables["workers"], tables["starts"],
-                          *results, o_partial, state_partial, counters, *words)
+            device.launch(kernel, grid, stream, *maps, block_table, *table_words, kv_cache, *cache_words, tables["jobs"],
+                          tables["workers"], tables["starts"], *results, o_partial, state_partial, counters, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
                               *results, *merge_words)

@@ -52,6 +52,7 @@ class KernelSpec:
     smem_bytes: int         # dynamic
     fastmath: bool
     blocks_per_sm: int = 1  # that registers must suffice for
+    cluster_size: int = 1   # thread blocks along x that run together
 
     @property
     def name(self) -> str:

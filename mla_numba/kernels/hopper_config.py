@@ -37,6 +37,8 @@ NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of wh
 # A block's sides: tiles read last by warpgroup 0, and those read last by warpgroup 1.
 LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2
 SIDE_BEGIN, SIDE_TILES = (0, LEFT_TILES), (LEFT_TILES, NUM_TILES - LEFT_TILES)
+# In a cluster a thread block loads half of a side: the first one these tiles, the second one the rest.
+HALF_TILES = 2
 K_STEPS = 4                             # wgmma of 16 along a tile's 64 columns, or along a block's 64 tokens
 
 NUM_CONSUMERS = 256
@@ -92,7 +94,10 @@ Place = namedtuple("Place", "base row_smem thread lane")
 # What all rows of a launch have in common.
 Problem = namedtuple("Problem", "heads_per_kv causal scale_log2e")
 # The arrays that a launch reads; strides in bytes.
-Tables = namedtuple("Tables", "q_map left_map right_map block_table row_stride column_stride max_pages jobs workers starts split_blocks")
+Tables = namedtuple("Tables", "q_map left_map right_map block_table row_stride column_stride max_pages cache jobs workers starts "
+                    "split_blocks")
+# The cache itself, for prefetches.
+Cache = namedtuple("Cache", "address page_stride token_stride head_stride num_pages")
 # The arrays that it writes; strides in bytes.
 Results = namedtuple("Results", "out out_batch_stride out_token_stride out_head_stride lse lse_batch_stride lse_head_stride "
                      "lse_token_stride empty_lse")
@@ -101,13 +106,35 @@ Partials = namedtuple("Partials", "o states counters")
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """What one compiled decode kernel is made for."""
+    """What one compiled decode kernel is made for.
+
+    Attributes
+    ----------
+    row_tiles : int
+        Of a job, 1 to 4: as many thread blocks walk the same blocks of the cache.
+    """
 
     dtype: str
     page_size: int
+    row_tiles: int
 
     def __str__(self) -> str:
-        return f"{self.dtype}-{self.page_size}"
+        return f"{self.dtype}-{self.page_size}-{self.row_tiles}"
+
+    @property
+    def cluster_size(self) -> int:
+        """Thread blocks, of neighbouring row tiles, that load for each other: each loads half of a side of a block for both."""
+        return 2 if self.row_tiles % 2 == 0 else 1
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether blocks are brought to L2 ahead of their loads: one row tile is limited by memory's bandwidth, more by latency, too."""
+        return self.row_tiles > 1
+
+    @property
+    def is_read_once(self) -> bool:
+        """Whether what is loaded may leave L2 first, as no other thread block asks for it."""
+        return self.row_tiles == self.cluster_size
 
     @property
     def box_rows(self) -> int:

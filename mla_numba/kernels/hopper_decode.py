@@ -69,6 +69,7 @@ from .hopper_config import (
     SUMS,
     TILE_BYTES,
     WARPGROUP,
+    Cache,
     HopperConfig,
     Partials,
     Place,
@@ -89,8 +90,8 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 def decode_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_decode`'s."""
     address, stride, i, f = types.uint64, types.int64, types.int32, types.float32
-    return types.void(address, address, address, address, stride, stride, i, address, address, address, address, stride, stride, stride,
-                      address, stride, stride, stride, address, address, address, i, i, i, f, f)
+    return types.void(address, address, address, address, stride, stride, i, address, stride, stride, stride, i, address, address, address,
+                      address, stride, stride, stride, address, stride, stride, stride, address, address, address, i, i, i, f, f)
 
 
 @cache
@@ -102,6 +103,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     qk_side, qk_block = products.qk_side, products.qk_block
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
     pack, visible_to, hide_unseen, piece_words = softmax.pack, softmax.visible_to, softmax.hide_unseen, softmax.piece_words
+    CLUSTER_SIZE = config.cluster_size
     wait_all, wait_all_but_1 = ptx.make_wgmma_wait_group(0), ptx.make_wgmma_wait_group(1)
     o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
@@ -109,9 +111,12 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def release(base, buffer, side, lane):
-        """This warp is done with one side of a K buffer. 4 warps make the phase, the producer waits."""
+        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
         if lane == 0:
-            ptx.mbarrier_arrive(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8))
+            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
+            ptx.mbarrier_arrive(mbar)
+            if CLUSTER_SIZE > 1:
+                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
 
     @inline
     def load_rows(address):
@@ -345,9 +350,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             finish_piece(regs, max_a, max_b, base, piece_words(base, parity), problem, results, partials)
             parity ^= u32(PIECE_BYTES)
 
-    def hopper_decode(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers, starts,
-                      out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride, lse_token_stride,
-                      o_partial, state_partial, counters, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
+    def hopper_decode(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, kv_cache, page_stride,
+                      token_stride, head_stride, num_pages, jobs, workers, starts, out, out_batch_stride, out_token_stride, out_head_stride,
+                      lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, state_partial, counters, heads_per_kv, causal,
+                      split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
         wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
@@ -355,21 +361,26 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if thread_idx == 0:
             for i in range(2 * 2):
                 ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
-                ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(NUM_WARPS // 2))
+                ptx.mbarrier_init(base + u32(EMPTY_SMEM + 8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE))
             ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
             ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))
             ptx.fence_mbarrier_init()
         if thread_idx < BLOCK_M:
             ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
+        if CLUSTER_SIZE > 1:
+            ptx.barrier_cluster_arrive_relaxed()
         ptx.griddepcontrol_wait()
         ptx.griddepcontrol_launch_dependents()
         # All threads: the mbarriers and the first maximum are there.
         cuda.syncthreads()
+        if CLUSTER_SIZE > 1:
+            # All threads of both blocks: the other block's mbarriers are there, too.
+            ptx.barrier_cluster_wait()
         if wg == 2:
             give_registers()
             if thread < 32:
-                tables = Tables(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, jobs, workers,
-                                starts, split_blocks)
+                tables = Tables(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages,
+                                Cache(kv_cache, page_stride, token_stride, head_stride, num_pages), jobs, workers, starts, split_blocks)
                 produce(base, i32(thread), tables, problem)
             elif thread < 64:
                 ready_maps(q_map, left_map, right_map, thread)
@@ -378,5 +389,9 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                               lse_token_stride, empty_lse)
             consume(base, wg, thread, problem, results, Partials(o_partial, state_partial, counters))
+        if CLUSTER_SIZE > 1:
+            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.
+            ptx.barrier_cluster_arrive_relaxed()
+            ptx.barrier_cluster_wait()
 
     return hopper_decode

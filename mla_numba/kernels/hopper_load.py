@@ -34,6 +34,7 @@ from .hopper_config import (
     EMPTY_SMEM,
     END_OF_WORK,
     FULL_SMEM,
+    HALF_TILES,
     K0_SMEM,
     MAPS,
     NUM_TILES,
@@ -50,11 +51,12 @@ from .hopper_config import (
     SIDE_BEGIN,
     SIDE_TILES,
     TILE_BYTES,
+    TILE_COLUMNS,
     HopperConfig,
     inline,
 )
 
-i32, u32, u64 = np.int32, np.uint32, np.uint64
+i32, u16, u32, u64 = np.int32, np.uint16, np.uint32, np.uint64
 
 # Entries of a block table that the warp holds at a time, one a lane.
 WINDOW = 32
@@ -71,7 +73,11 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     PAGE_SIZE, BOX_ROWS, PAGES_PER_BLOCK = config.page_size, config.box_rows, config.pages_per_block
     BLOCKS_PER_PAGE = max(PAGE_SIZE // BLOCK_N, 1)
     BOX_BYTES = BOX_ROWS * 128
-    L2_POLICY = u64(ptx.EVICT_FIRST)
+    # What leaves first makes room for what comes: read by others too, it would be gone before they ask.
+    L2_POLICY = u64(ptx.EVICT_FIRST if config.is_read_once else ptx.EVICT_NORMAL)
+    CLUSTER_SIZE, PREFETCHES = config.cluster_size, config.prefetches
+    # Both thread blocks of a cluster.
+    CTA_MASK = u16(3)
 
     @inline
     def load_row(table, row, num_columns, lane):
@@ -117,32 +123,60 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         return cuda.shfl_sync(0xFFFFFFFF, pages.window if entry < WINDOW else pages.next_window, i32(entry + lane) & i32(WINDOW - 1))
 
     @inline
+    def load_box(place, kv_map, full, row, tile, kv_head, page):
+        """A box of the cache, in a cluster to both blocks."""
+        if CLUSTER_SIZE > 1:
+            ptx.tma_load_5d_multicast(place, kv_map, full, i32(0), row, tile, kv_head, page, CTA_MASK, L2_POLICY)
+        else:
+            ptx.tma_load_5d(place, kv_map, full, i32(0), row, tile, kv_head, page, L2_POLICY)
+
+    @inline
     def load_side(base, buffer, side, turns, kv_map, kv_head, block, pages, lane):
-        """Wait until the last reader of a side of a block is done with its former use, then fill it."""
+        """Wait until the last reader of a side of a block is done with its former use, then fill it; in a cluster its half of it, for both
+        blocks, while the other one loads the rest."""
         # Opaque, lest the addresses of tiles and boxes be kept in registers across the loops.
         base, lane = ptx.opaque_b32(base), i32(ptx.opaque_b32(u32(lane)))
-        # 4 warps of warpgroup `side` arrived; the phase before the use's own.
+        # 4 warps of warpgroup `side` arrived, of each block that shares it; the phase before the use's own.
         ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))
         cuda.syncwarp()
         # Each of the first lanes loads a box, of a page of its own.
         page, row = page_of_lane(pages, block, lane), first_row(block)
         full = base + u32(FULL_SMEM + (buffer * 2 + side) * 8)
-        place = base + u32(K0_SMEM + (buffer * NUM_TILES + SIDE_BEGIN[side]) * TILE_BYTES)
+        first, num_tiles = u32(0), u32(SIDE_TILES[side])
+        if CLUSTER_SIZE > 1:
+            first = ptx.cluster_ctarank() * u32(HALF_TILES)
+            num_tiles = u32(SIDE_TILES[side] - HALF_TILES) if first > u32(0) else u32(HALF_TILES)
+        tile = first + u32(SIDE_BEGIN[side])
+        place = base + u32(K0_SMEM + buffer * NUM_TILES * TILE_BYTES) + tile * u32(TILE_BYTES)
         if lane == 0:
             # The only arrival; the phase completes with the side's last byte.
             ptx.mbarrier_arrive_expect_tx(full, u32(SIDE_TILES[side] * TILE_BYTES))
         if PAGES_PER_BLOCK == 1:
             if lane == 0:
-                ptx.tma_load_5d(place, kv_map, full, i32(0), row, i32(SIDE_BEGIN[side]), kv_head, page, L2_POLICY)
+                load_box(place, kv_map, full, row, i32(tile), kv_head, page)
         else:
             # Boxes of a tile and a page. A loop that stays one: its counter is opaque. Unrolled, its addresses would cost registers.
-            tile = u32(0)
-            while tile < SIDE_TILES[side]:
+            idx = u32(0)
+            while idx < num_tiles:
                 ptx.nounroll()
                 if lane < PAGES_PER_BLOCK:
-                    ptx.tma_load_5d(place + tile * u32(TILE_BYTES) + u32(lane) * u32(BOX_BYTES), kv_map, full, i32(0), row,
-                                    i32(tile + u32(SIDE_BEGIN[side])), kv_head, page, L2_POLICY)
-                tile = ptx.opaque_b32(tile + u32(1))
+                    load_box(place + idx * u32(TILE_BYTES) + u32(lane) * u32(BOX_BYTES), kv_map, full, row, i32(tile + idx), kv_head, page)
+                idx = ptx.opaque_b32(idx + u32(1))
+
+    @inline
+    def prefetch(cache, kv_head, block, end_block, pages, lane):
+        """Bring blocks to L2: half of the tokens by each of the first two row tiles' thread blocks."""
+        while block < end_block:
+            ptx.nounroll()
+            token = i32(tile_idx() * i32(BLOCK_N // 2) + lane)
+            page = page_of_lane(pages, block, i32(u32(token) // u32(BOX_ROWS)))
+            # Whatever id is in the block table.
+            if u32(page) < u32(cache.num_pages) and tile_idx() < 2:
+                row = i32(first_row(block) + i32(u32(token) % u32(BOX_ROWS)))
+                address = cache.address + u64(page * cache.page_stride + row * cache.token_stride + kv_head * cache.head_stride)
+                for tile in range(NUM_TILES):
+                    ptx.prefetch_global_l2(address + u64(tile * 2 * TILE_COLUMNS))
+            block = i32(ptx.opaque_b32(u32(block + 1)))
 
     @inline
     def split_of(begin_block, work, tables):
@@ -208,6 +242,9 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         """Walk the worker's pieces, job by job; within a piece, pairs of blocks."""
         worker, kv_head, heads_per_kv = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z), problem.heads_per_kv
         left_map, right_map = tables.left_map, tables.right_map
+        if CLUSTER_SIZE > 1:
+            # Boxes of 2 and of 3 tiles: the second one's halves of the sides have as many, the first one's 2 each.
+            right_map = right_map if ptx.cluster_ctarank() > u32(0) else left_map
         # The first job's row lies in `starts` too, so that it comes while the job's number does.
         work, job = load_row(tables.workers, worker, WORKER_COLUMNS, lane), load_row(tables.starts, worker, JOB_COLUMNS, lane)
         # Opaque, lest they be loaded after the barrier.
@@ -229,7 +266,8 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             end_block = column(job, JOB_NUM_BLOCKS)
             if turns >> u32(JOBS_TURN) == 0:
                 end_block = column(work, END_BLOCK)
-            more = i32(row_begin + tile_idx() * BLOCK_M) < num_rows
+            # A block of a cluster goes along wherever one of them has rows.
+            more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
                 begin = block
@@ -257,6 +295,9 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         load_side(base, 1, 0, turns, left_map, kv_head, odd, pages, lane)
                         turns = u32(turns ^ u32(1 << 1))
                     turns = u32(turns ^ u32(1 << 0))
+                    if PREFETCHES:
+                        # The next pair: farther ones would leave L2 again before they are loaded.
+                        prefetch(tables.cache, kv_head, i32(block + 2), min(stop, i32(block + 4)), pages, lane)
                     block = i32(block + 2)
                 turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATER_TURN))
                 block = stop

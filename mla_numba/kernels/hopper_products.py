@@ -34,7 +34,16 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     wgmma_pv_rmem = ptx.make_wgmma(256, config.dtype, a_in_registers=True, b_transposed=True)
     wait_all = ptx.make_wgmma_wait_group(0)
     s_fence = ptx.make_registers_fence(32)
+    CLUSTER_SIZE = config.cluster_size
     K_MAJOR, MN_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR), u64(ptx.DESCRIPTOR_MN_MAJOR)
+
+    @inline
+    def descriptor(form, address):
+        """Of a matrix in shared memory. In a cluster bits 24 and up of an address are the block's number, which a descriptor has no place
+        for: there they would change the distance between V's columns."""
+        if CLUSTER_SIZE > 1:
+            address &= u32(0x3FFFF)
+        return form | u64(address >> u32(4))
 
     @inline
     def matrix_row(tile_smem, k, at):
@@ -63,8 +72,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         k_smem = base + u32(K1_SMEM if buffer else K0_SMEM)
         # Producer's TMA of this side; bit 0 of `parity` is of the buffer's use.
         ptx.mbarrier_wait_parity(base + u32(FULL_SMEM + (buffer * 2 + side) * 8), parity & u32(1))
-        q_desc = K_MAJOR | u64((base + u32(Q_SMEM)) >> u32(4))
-        k_desc = K_MAJOR | u64(k_smem >> u32(4))
+        q_desc = descriptor(K_MAJOR, base + u32(Q_SMEM))
+        k_desc = descriptor(K_MAJOR, k_smem)
         ptx.wgmma_fence()
         for tile in range(SIDE_BEGIN[side], SIDE_BEGIN[side] + LEFT_TILES):
             for k in range(K_STEPS):
@@ -87,7 +96,7 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     @inline
     def pv_rmem(o_rmem, p_rmem, v_smem):
         """O += P V, P from registers."""
-        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        v_desc = descriptor(MN_MAJOR, v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
             wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS), u32(1))
@@ -96,8 +105,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     @inline
     def pv_smem(o_rmem, p_smem, v_smem):
         """O += P V, P from shared memory: the other warpgroup's."""
-        p_desc = K_MAJOR | u64(p_smem >> u32(4))
-        v_desc = MN_MAJOR | u64(v_smem >> u32(4))
+        p_desc = descriptor(K_MAJOR, p_smem)
+        v_desc = descriptor(MN_MAJOR, v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
             wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))

@@ -26,12 +26,14 @@ from .barriers import (
 )
 from .cluster import (
     barrier_cluster_arrive,
+    barrier_cluster_arrive_relaxed,
     barrier_cluster_wait,
     cluster_ctarank,
     ld_shared_cluster_b32,
     ld_shared_cluster_f32,
     mapa_shared_cluster,
     mbarrier_arrive_cluster,
+    mbarrier_arrive_remote,
     mbarrier_wait_parity_cluster,
     st_async_b32,
 )
@@ -69,6 +71,7 @@ from .tma import (
     tma_load_4d,
     tma_load_4d_multicast,
     tma_load_5d,
+    tma_load_5d_multicast,
     tma_prefetch_4d,
     tma_store_4d,
 )
@@ -85,6 +88,7 @@ __all__ = [
     "bar_arrive",
     "bar_sync",
     "barrier_cluster_arrive",
+    "barrier_cluster_arrive_relaxed",
     "barrier_cluster_wait",
     "cluster_ctarank",
     "cp_async_16",
@@ -128,6 +132,7 @@ __all__ = [
     "mbarrier_arrive_cluster",
     "mbarrier_arrive_count",
     "mbarrier_arrive_expect_tx",
+    "mbarrier_arrive_remote",
     "mbarrier_expect_tx",
     "mbarrier_init",
     "mbarrier_inval",
@@ -156,6 +161,7 @@ __all__ = [
     "tma_load_4d",
     "tma_load_4d_multicast",
     "tma_load_5d",
+    "tma_load_5d_multicast",
     "tma_prefetch_4d",
     "tma_store_4d",
     "wgmma_commit_group",

@@ -23,10 +23,23 @@ def barrier_cluster_arrive() -> None:
     """`barrier.cluster.arrive`: by all threads of the cluster, whole warps; releases what this thread did before. PTX ISA 9.7.13.3."""
 
 
+@instruction("barrier.cluster.arrive.relaxed.aligned;")
+def barrier_cluster_arrive_relaxed() -> None:
+    """`barrier.cluster.arrive.relaxed`: `barrier_cluster_arrive` that releases nothing but what `fence_mbarrier_init` has; without the
+    MEMBAR.ALL.GPU that the other one is in machine code. PTX ISA 9.7.13.3."""
+
+
 @instruction("barrier.cluster.wait.acquire.aligned;")
 def barrier_cluster_wait() -> None:
     """`barrier.cluster.wait`: by all threads of the cluster, whole warps; waits until all have arrived, acquires what they released.
     PTX ISA 9.7.13.3."""
+
+
+@instruction("mbarrier.arrive.shared::cluster.b64 _, [<mbar_cluster>];")
+def mbarrier_arrive_remote(mbar_cluster: u32) -> None:
+    """`mbarrier.arrive.shared::cluster`: by one thread; one arrival at the mbarrier of any block of the cluster. Releases what this thread
+    did before to its own block only: enough where it is done reading what another block's TMA will overwrite. In machine code
+    `mbarrier_arrive_cluster` is this behind a MEMBAR.ALL.GPU. PTX ISA 9.7.13.15.13."""
 
 
 @instruction("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [<mbar_cluster>];")

@@ -43,6 +43,13 @@ def tma_load_4d_multicast(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32
     block of the cluster whose bit is set in `cta_mask`. PTX ISA 9.7.9.27.1.2."""
 
 
+@instruction("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+             "[<dst_smem>], [<tensor_map>, {<x>, <y>, <z>, <w>, <v>}], [<mbar_smem>], <cta_mask>, <l2_policy>;")
+def tma_load_5d_multicast(dst_smem: u32, tensor_map: u64, mbar_smem: u32, x: i32, y: i32, z: i32, w: i32, v: i32, cta_mask: u16,
+                          l2_policy: u64) -> None:
+    """`cp.async.bulk.tensor.5d.multicast::cluster`: by one thread; `tma_load_4d_multicast` with five axes. PTX ISA 9.7.9.27.1.2."""
+
+
 @instruction("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [<tensor_map>, {<x>, <y>, <z>, <w>}], [<src_smem>];")
 def tma_store_4d(src_smem: u32, tensor_map: u64, x: i32, y: i32, z: i32, w: i32) -> None:
     """`cp.async.bulk.tensor.4d` to global memory: by one thread, after `fence_proxy_async_shared` and a barrier of those who wrote the

@@ -22,6 +22,7 @@ class MBarrier:
         self._waiting: dict[Thread, int] = {}
         self._maker, self._made_at = thread, int(thread.clock[thread.agent])
         self.known_to_async = False
+        self.shown_by: Thread | None = None
 
     def require_made(self, thread: Thread) -> None:
         """Its initialisation must have happened before any use, and its block must not have ended."""
@@ -30,6 +31,10 @@ class MBarrier:
         if not thread.has_seen(self._block.cluster.uid, self._maker.agent, self._made_at):
             raise Finding("barrier", f"{thread.describe()} uses the mbarrier at {self._address:#x}, which {self._maker.describe()} "
                           "initialises, and nothing orders them")
+
+    def stamp_making(self, stamp: Stamp) -> None:
+        """Who gets this stamp knows of its initialisation."""
+        stamp.clock[self._maker.agent] = max(stamp.clock[self._maker.agent], self._made_at)
 
     def arrive(self, thread: Thread, count: int = 1) -> None:
         self.require_made(thread)

@@ -89,7 +89,8 @@ class EmulatedGpu:
         kernel = getattr(module, spec.make)(*spec.configuration)
         typed = [self.language.argument(kind, value) for kind, value in zip(spec.types().args, arguments, strict=True)]
         static = min(STATIC_SMEM, 227 * 1024 - spec.smem_bytes)
-        self.machine.launch(kernel, spec.module, grid, spec.num_threads, spec.smem_bytes, static, typed)
+        self.machine.launch(kernel, spec.module, grid, spec.num_threads, spec.smem_bytes, static, typed,
+                            cluster_size=spec.cluster_size)
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None:
         if self.machine.grids:

@@ -24,7 +24,8 @@ from .tensor_core import tensor_of
 f32 = np.float32
 WORD = 0xFFFFFFFF
 L2_POLICIES = {"evict_first": real.EVICT_FIRST, "evict_last": real.EVICT_LAST, "evict_normal": real.EVICT_NORMAL}
-# An address of another block's shared memory: its rank + 1 above the bits that shared memory needs.
+# The rank of the block whose shared memory an address is of, above the bits that shared memory needs: so the compiler makes them
+# (`LEA R5, SR_CgaCtaId, 0x400, 0x18` in the machine code of any kernel with shared memory).
 RANK_SHIFT = 24
 
 
@@ -47,8 +48,15 @@ class Instructions:
         """Of the kernel's call of the instruction that asks."""
         return self._machine.lines.number(sys._getframe(2))
 
+    def _own(self, address: int) -> int:
+        """Where in the block's own shared memory an address is."""
+        block, address = self._machine.current.block, int(address) & WORD
+        if address >> RANK_SHIFT != block.rank:
+            raise Finding("out of bounds", f"{block.name} uses {address:#x} as its own shared memory, block {address >> RANK_SHIFT}'s")
+        return address & ((1 << RANK_SHIFT) - 1)
+
     def _barrier(self, address: int) -> MBarrier:
-        return mbarrier(self._machine.current.block, address & WORD)
+        return mbarrier(self._machine.current.block, self._own(address))
 
     # Arithmetic.
 
@@ -87,7 +95,7 @@ class Instructions:
 
     def mbarrier_init(self, mbar_smem: int, count: int) -> None:
         thread = self._machine.current
-        block, address = thread.block, mbar_smem & WORD
+        block, address = thread.block, self._own(mbar_smem)
         if address in block.mbarriers:
             raise Finding("barrier", f"the mbarrier at {address:#x} is initialised again")
         if not 0 < count < 2 ** 20:
@@ -98,20 +106,24 @@ class Instructions:
     def mbarrier_inval(self, mbar_smem: int) -> None:
         block = self._machine.current.block
         self._barrier(mbar_smem).require_made(self._machine.current)
-        self._barrier(mbar_smem).require_idle(mbar_smem & WORD)
-        block.smem.hold_barrier(mbar_smem & WORD, False)
-        del block.mbarriers[mbar_smem & WORD]
+        self._barrier(mbar_smem).require_idle(self._own(mbar_smem))
+        block.smem.hold_barrier(self._own(mbar_smem), False)
+        del block.mbarriers[self._own(mbar_smem)]
 
     def fence_mbarrier_init(self) -> None:
-        self._show_barriers()
-
-    def _show_barriers(self) -> None:
-        """The mbarriers whose initialisation this thread knows of become known to TMA."""
         thread = self._machine.current
-        for barrier in thread.block.mbarriers.values():
-            if not barrier.known_to_async:
-                barrier.require_made(thread)
-                barrier.known_to_async = True
+        for barrier in self._show_barriers():
+            # To the cluster, when this thread arrives at its barrier.
+            barrier.shown_by = thread
+
+    def _show_barriers(self) -> list[MBarrier]:
+        """The mbarriers whose initialisation this thread knows of become known to TMA: those that were not before."""
+        thread = self._machine.current
+        shown = [barrier for barrier in thread.block.mbarriers.values() if not barrier.known_to_async]
+        for barrier in shown:
+            barrier.require_made(thread)
+            barrier.known_to_async = True
+        return shown
 
     def mbarrier_arrive(self, mbar_smem: int) -> None:
         self._barrier(mbar_smem).arrive(self._machine.current)
@@ -182,13 +194,13 @@ class Instructions:
     # Memory.
 
     def smem_address(self, array: Any) -> int:
-        return int(array.address)
+        return self._machine.current.block.rank << RANK_SHIFT | int(array.address)
 
     def ld_shared_f32(self, address: int) -> Any:
-        return self._load_shared(address & WORD, self._line()).f32[(address & WORD) >> 2]
+        return self._load_shared(self._own(address), self._line()).f32[self._own(address) >> 2]
 
     def ld_shared_i32(self, address: int) -> int:
-        return signed(int(self._load_shared(address & WORD, self._line()).u32[(address & WORD) >> 2]))
+        return signed(int(self._load_shared(self._own(address), self._line()).u32[self._own(address) >> 2]))
 
     def _load_shared(self, address: int, line: int) -> Any:
         self._machine.touch()
@@ -197,10 +209,10 @@ class Instructions:
         return thread.block.smem
 
     def st_shared_f32(self, address: int, value: Any) -> None:
-        self._store_shared(address & WORD, self._line()).f32[(address & WORD) >> 2] = f32(value)
+        self._store_shared(self._own(address), self._line()).f32[self._own(address) >> 2] = f32(value)
 
     def st_shared_i32(self, address: int, value: int) -> None:
-        self._store_shared(address & WORD, self._line()).u32[(address & WORD) >> 2] = int(value) & WORD
+        self._store_shared(self._own(address), self._line()).u32[self._own(address) >> 2] = int(value) & WORD
 
     def _store_shared(self, address: int, line: int) -> Any:
         self._machine.touch()
@@ -211,13 +223,13 @@ class Instructions:
     def st_shared_v4_b32(self, address: int, a: int, b: int, c: int, d: int) -> None:
         self._machine.touch()
         thread = self._machine.current
-        first = thread.block.smem.write(thread, address & WORD, 4, self._line())
+        first = thread.block.smem.write(thread, self._own(address), 4, self._line())
         thread.block.smem.u32[first:first + 4] = (a, b, c, d)
 
     def ld_shared_v4_b32(self, registers: Registers, first: int, address: int) -> None:
         self._machine.touch()
         thread = self._machine.current
-        word = thread.block.smem.read(thread, address & WORD, 4, self._line())
+        word = thread.block.smem.read(thread, self._own(address), 4, self._line())
         for i in range(4):
             registers[first + i] = int(thread.block.smem.u32[word + i])
 
@@ -234,14 +246,14 @@ class Instructions:
             words = _transposed(rows, transposed).view(np.uint32).reshape(4, 32)
             return {lane: words[:, lane].tolist() for lane in range(WARP)}
 
-        for i, word in enumerate(self._machine.meet("ldmatrix", line, row_smem & WORD, load)):
+        for i, word in enumerate(self._machine.meet("ldmatrix", line, self._own(row_smem), load)):
             registers[first + i] = word
 
     def stmatrix_x4(self, row_smem: int, a: int, b: int, c: int, d: int) -> None:
-        self._store_matrices((row_smem & WORD, a, b, c, d), False, self._line())
+        self._store_matrices((self._own(row_smem), a, b, c, d), False, self._line())
 
     def stmatrix_x4_trans(self, row_smem: int, a: int, b: int, c: int, d: int) -> None:
-        self._store_matrices((row_smem & WORD, a, b, c, d), True, self._line())
+        self._store_matrices((self._own(row_smem), a, b, c, d), True, self._line())
 
     def _store_matrices(self, operands: tuple[int, ...], transposed: bool, line: int) -> None:
         def store(warp: Warp, values: dict[int, tuple[int, ...]]) -> None:
@@ -402,20 +414,26 @@ class Instructions:
     def tma_load_4d(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, l2_policy: int) -> None:
         machine = self._machine
         where = self._place(tensor_map, (x, y, z, w), l2_policy)
-        tma.load(machine, machine.current, *where, machine.current.block, dst_smem & WORD, self._barrier(mbar_smem), self._line())
+        tma.load(machine, machine.current, *where, machine.current.block, self._own(dst_smem), self._barrier(mbar_smem), self._line())
 
     def tma_load_5d(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, v: int, l2_policy: int) -> None:
         machine = self._machine
         where = self._place(tensor_map, (x, y, z, w, v), l2_policy)
-        tma.load(machine, machine.current, *where, machine.current.block, dst_smem & WORD, self._barrier(mbar_smem), self._line())
+        tma.load(machine, machine.current, *where, machine.current.block, self._own(dst_smem), self._barrier(mbar_smem), self._line())
 
     def tma_load_4d_multicast(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, cta_mask: int,
                               l2_policy: int) -> None:
-        machine = self._machine
-        where = self._place(tensor_map, (x, y, z, w), l2_policy)
+        self._multicast(dst_smem, self._place(tensor_map, (x, y, z, w), l2_policy), mbar_smem, int(cta_mask), self._line())
+
+    def tma_load_5d_multicast(self, dst_smem: int, tensor_map: int, mbar_smem: int, x: int, y: int, z: int, w: int, v: int, cta_mask: int,
+                              l2_policy: int) -> None:
+        self._multicast(dst_smem, self._place(tensor_map, (x, y, z, w, v), l2_policy), mbar_smem, int(cta_mask), self._line())
+
+    def _multicast(self, dst_smem: int, where: tuple[tma.TensorMap, tuple[int, ...]], mbar_smem: int, cta_mask: int, line: int) -> None:
+        machine, address, mbar = self._machine, self._own(dst_smem), self._own(mbar_smem)
         for block in machine.current.block.cluster.blocks:
-            if int(cta_mask) >> block.rank & 1:
-                tma.load(machine, machine.current, *where, block, dst_smem & WORD, mbarrier(block, mbar_smem & WORD), self._line())
+            if cta_mask >> block.rank & 1:
+                tma.load(machine, machine.current, *where, block, address, mbarrier(block, mbar), line)
 
     def tma_prefetch_4d(self, tensor_map: int, x: int, y: int, z: int, w: int, l2_policy: int) -> None:
         self._place(tensor_map, (x, y, z, w), l2_policy)
@@ -427,7 +445,7 @@ class Instructions:
         thread = self._machine.current
         copies = copies_of(thread, "bulk")
         copies.begun += 1
-        copies.begin(tma.Store(self._machine, thread, *where, src_smem & WORD, copies.begun, self._line()))
+        copies.begin(tma.Store(self._machine, thread, *where, self._own(src_smem), copies.begun, self._line()))
 
     def cp_async_bulk_commit_group(self) -> None:
         copies_of(self._machine.current, "bulk").commit()
@@ -438,10 +456,10 @@ class Instructions:
     # Copies by threads.
 
     def cp_async_16(self, dst_smem: int, src: int) -> None:
-        self._copy(dst_smem & WORD, int(src), 16, self._line())
+        self._copy(self._own(dst_smem), int(src), 16, self._line())
 
     def cp_async_16_zfill(self, dst_smem: int, src: int, num_bytes: int) -> None:
-        self._copy(dst_smem & WORD, int(src), int(num_bytes), self._line())
+        self._copy(self._own(dst_smem), int(src), int(num_bytes), self._line())
 
     def _copy(self, address: int, src: int, num_bytes: int, line: int) -> None:
         if not 0 <= num_bytes <= 16:
@@ -472,28 +490,38 @@ class Instructions:
     def mapa_shared_cluster(self, address: int, cta_rank: int) -> int:
         if not 0 <= int(cta_rank) < self._machine.current.block.grid.cluster_size:
             raise Finding("out of bounds", f"block {int(cta_rank)} of a cluster of {self._machine.current.block.grid.cluster_size}")
-        return (int(cta_rank) + 1) << RANK_SHIFT | (int(address) & WORD)
+        return int(cta_rank) << RANK_SHIFT | self._own(address)
 
     def _of_cluster(self, address: int) -> tuple[Block, int]:
         """The block that an address of the cluster's shared memory is in, and where there."""
-        block = self._machine.current.block
         rank, address = int(address) >> RANK_SHIFT, int(address) & ((1 << RANK_SHIFT) - 1)
-        return block.cluster.blocks[rank - 1] if rank else block, address
+        return self._machine.current.block.cluster.blocks[rank], address
 
     def barrier_cluster_arrive(self) -> None:
-        cluster = self._machine.current.block.cluster
+        self._arrive_at_cluster(lambda thread: thread.block.cluster.stamp.take(thread), self._line())
+
+    def barrier_cluster_arrive_relaxed(self) -> None:
+        def take(thread: Thread) -> None:
+            for barrier in thread.block.mbarriers.values():
+                if barrier.shown_by is thread:
+                    barrier.stamp_making(thread.block.cluster.stamp)
+
+        self._arrive_at_cluster(take, self._line())
+
+    def _arrive_at_cluster(self, take: Callable[[Thread], None], line: int) -> None:
+        thread = self._machine.current
+        cluster = thread.block.cluster
 
         def arrive(warp: Warp, _: Any) -> None:
             for thread in warp.threads:
-                cluster.stamp.take(thread)
+                take(thread)
             cluster.arrived += len(warp.threads)
             cluster.complete_phase()
 
-        thread = self._machine.current
         if thread.cluster_phase is not None:
             raise Finding("barrier", f"{thread.describe()} arrives at the cluster's barrier again, and has not waited there")
         thread.cluster_phase = cluster.phase
-        self._machine.meet("barrier.cluster.arrive", self._line(), None, arrive)
+        self._machine.meet("barrier.cluster.arrive", line, None, arrive)
 
     def barrier_cluster_wait(self) -> None:
         thread = self._machine.current
@@ -509,6 +537,9 @@ class Instructions:
     def mbarrier_arrive_cluster(self, mbar_cluster: int) -> None:
         block, address = self._of_cluster(mbar_cluster)
         mbarrier(block, address).arrive(self._machine.current)
+
+    # Weaker: it hands on less to the other block. What TMA may overwrite after it is known all the same.
+    mbarrier_arrive_remote = mbarrier_arrive_cluster
 
     def st_async_b32(self, address: int, value: int, mbar_cluster: int) -> None:
         machine = self._machine

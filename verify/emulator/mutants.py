@@ -19,6 +19,9 @@ ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
+TWO = (MLACase(seq_lens=(290,), num_heads_q=128), 2)
+# The second job of the first request has rows for one of its two row tiles.
+UNEVEN = (MLACase(seq_lens=(150, 130), num_heads_q=96, q_lens=(2, 1)), 2)
 FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
 IDLE = (MLACase(seq_lens=(65,), num_heads_q=16), 3)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
@@ -78,6 +81,10 @@ _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads t
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
 _ANNOUNCED = "                announce(counter, lane)\n                is_last = False\n            else:\n"
 _MANY_PARTS = "            if num_parts >= MERGE_LEAST_PARTS:\n"
+_CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's mbarriers are there, too.\n"
+                   "            ptx.barrier_cluster_wait()\n")
+_CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
+                 "            ptx.barrier_cluster_arrive_relaxed()\n            ptx.barrier_cluster_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
 _EVEN_STEP = "            even_step(regs, at, problem, token, all_see, parity, True, True)\n"
 _MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
@@ -88,8 +95,8 @@ MUTANTS = (
     Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
     Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()")),
     Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
-    Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = MN_MAJOR | u64(v_smem >> u32(4))\n        ptx.wgmma_fence()\n"
-           "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = MN_MAJOR | u64(v_smem >> u32(4))\n"
+    Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(MN_MAJOR, v_smem)\n        ptx.wgmma_fence()\n"
+           "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(MN_MAJOR, v_smem)\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
     Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
     Mutant("O used without a registers fence", _DECODE, "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n",
@@ -123,17 +130,33 @@ MUTANTS = (
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
     Mutant("block goes on before the mbarriers are there", _DECODE, *_without("        cuda.syncthreads()")),
-    Mutant("buffer freed by three warps", _DECODE, "8 * i), u32(NUM_WARPS // 2)", "8 * i), u32(NUM_WARPS // 2 - 1)"),
-    Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2)", "8 * i), u32(NUM_WARPS // 2 + 1)"),
+    Mutant("buffer freed by three warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
+           "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE - 1)"),
+    Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
+           "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE + 1)"),
     Mutant("Q freed by seven warps", _DECODE, "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))",
            "ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS - 1))", cases=(SEVERAL,)),
     Mutant("half of a side's bytes expected", _LOAD, "u32(SIDE_TILES[side] * TILE_BYTES))", "u32(SIDE_TILES[side] * TILE_BYTES // 2))"),
-    Mutant("right side too far left", _LOAD, "row, i32(SIDE_BEGIN[side]), kv_head", "row, i32(SIDE_BEGIN[side] // 4 * 3), kv_head"),
+    Mutant("right side too far left", _LOAD, "row, i32(tile), kv_head", "row, i32(tile // u32(4) * u32(3)), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
     Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity ^= u32(1)\n", _EVEN_STEP),
     Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP, MAPS = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP, MAPS = 1, 2, 3, 3, 5, 6"),
     Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
+    # Two thread blocks that load for each other.
+    Mutant("other block's mbarriers not awaited", _DECODE, _CLUSTER_BEGINS, "            pass\n", cases=(TWO,),
+           also=(("            ptx.barrier_cluster_arrive_relaxed()\n        ptx.griddepcontrol_wait()",
+                  "            pass\n        ptx.griddepcontrol_wait()"),)),
+    Mutant("block ends while the other one needs it", _DECODE, _CLUSTER_ENDS, "            pass\n", cases=(TWO,)),
+    Mutant("buffer freed for its own block's loads only", _DECODE, *_without(
+        "                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))"), cases=(TWO,)),
+    Mutant("buffer filled while the other block reads", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
+           "8 * i), u32(NUM_WARPS // 2)", cases=(TWO,)),
+    Mutant("block's number in a descriptor", _PRODUCTS, *_without("            address &= u32(0x3FFFF)"), cases=(TWO,)),
+    Mutant("both blocks load the same half", _LOAD, "first = ptx.cluster_ctarank() * u32(HALF_TILES)", "first = u32(HALF_TILES)",
+           cases=(TWO,)),
+    Mutant("block without rows leaves the other one alone", _LOAD, "(tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M", "tile_idx() * BLOCK_M",
+           cases=(UNEVEN,)),
     # Layouts.
     Mutant("swizzle of four rows", _PRODUCTS, "(chunk ^ (row & u32(7)))", "(chunk ^ (row & u32(3)))"),
     Mutant("next rows of V by half", _PRODUCTS, "16 * 128 >> 4", "8 * 128 >> 4"),
