@@ -20,7 +20,8 @@ def shapes() -> list[Any]:
 
     return [MLACase(seq_lens=(0, 1, 65, 130), num_heads_q=16, pages="shuffled"),
             MLACase(seq_lens=(700, 3), num_heads_q=3, seq_len_q=2, page_size=16, pages="shuffled"),
-            MLACase(seq_lens=(1500,), num_heads_q=64, dtype="float16")]
+            MLACase(seq_lens=(1500,), num_heads_q=64, dtype="float16"),
+            MLACase(seq_lens=(600, 40), num_heads_q=128, pages="shuffled")]
 
 
 def decode_all(backend: str) -> None:
