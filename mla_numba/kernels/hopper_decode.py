@@ -18,6 +18,7 @@ Who waits for whom (see the table in docs/kernel.md; one line each where it happ
 
     full[buffer][side]    producer's TMA -> the warpgroup that multiplies Q by that buffer; one phase a use
     empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0, left, is tiles 0-3, side 1, right, is tiles 4-8
+                          In a cluster each producer loads half a side for both blocks: 4 warps of both -> both producers
     q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
     P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS    named barriers of the 256 consumers
     MAPS                  the warp beside the producer's, which readies the tensor maps -> producer; once
