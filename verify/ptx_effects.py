@@ -229,7 +229,9 @@ def _stmatrix(transposed: bool) -> Callable[[Arrays], Arrays]:
 def _reduction(inputs: Arrays) -> Arrays:
     threads = np.arange(inputs["x"].size, dtype=np.uint32) % 128
     return {"floats": inputs["floats"] + inputs["x"].reshape(-1, 4).sum(0),
-            "words": inputs["words"] + threads.reshape(-1, 4).sum(0, dtype=np.uint32)}
+            "words": inputs["words"] + threads.reshape(-1, 4).sum(0, dtype=np.uint32),
+            # 128 times round 0 to 8; from 9 and more it goes to 0.
+            "rounds": np.array([128, 8 + 128, 127, 127], np.uint32) % 9}
 
 
 def _arrivals(inputs: Arrays) -> Arrays:
@@ -370,7 +372,8 @@ _ALL = [
            lambda inputs: {"lock": np.zeros(1, np.uint32), "count": np.array([4 * 8], np.float32), "other": np.array([5], np.uint32),
                            "seen": np.full(4, 5, np.uint32)}, (8,), num_blocks=4),
     Effect("reduction", "make_reduction",
-           lambda rng: {"floats": _small(rng, 4), "words": _words(rng, 4), "x": _small(rng, 4 * 128)}, _reduction,
+           lambda rng: {"floats": _small(rng, 4), "words": _words(rng, 4), "rounds": np.array([0, 8, 9, 1 << 31], np.uint32),
+                        "x": _small(rng, 4 * 128)}, _reduction,
            num_threads=128, num_blocks=4),
     Effect("message", "make_message",
            lambda rng: {"out": _unset(WARP, np.float32), "data": _unset(WARP, np.float32), "flag": np.zeros(1, np.uint32),

@@ -174,11 +174,12 @@ def make_lock(turns):
 
 
 def make_reduction():
-    def kernel(floats, words, x):
+    def kernel(floats, words, rounds, x):
         thread = i32(cuda.threadIdx.x)
         at = u64(4 * (i32(cuda.blockIdx.x) * i32(cuda.blockDim.x) + thread))
         ptx.red_add_f32(floats + u64(4 * (thread & 3)), ptx.ld_global_f32(x + at))
         ptx.red_add_u32(words + u64(4 * (thread & 3)), u32(thread))
+        ptx.red_inc_u32(rounds + u64(4 * (thread & 3)), u32(8))
 
     return kernel
 

@@ -67,6 +67,17 @@ Pages = namedtuple("Pages", "first window next_window")
 PIECE_TURN, LATER_TURN, JOBS_TURN = 2, 3, 4
 
 
+@inline
+def load_row(table, row, num_columns, lane):
+    """A row of a table, a column a lane: all of it comes at once."""
+    return ptx.ld_global_i32(table + u64(u32(row) * u32(4 * num_columns) + u32(min(lane, i32(num_columns - 1))) * u32(4)))
+
+
+@inline
+def column(row, idx):
+    """A column of such a row, for all lanes."""
+    return cuda.shfl_sync(0xFFFFFFFF, row, idx)
+
 def make_producer(config: HopperConfig) -> Callable[..., None]:
     """(ready_maps, produce), for the warp beside the producer's, and for the producer's. That has few registers: numbers are kept to 32
     bits, where Numba would make 64 of a sum, and of a row of a table every lane holds a column."""
@@ -78,16 +89,6 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     CLUSTER_SIZE, PREFETCHES = config.cluster_size, config.prefetches
     # Both thread blocks of a cluster.
     CTA_MASK = u16(3)
-
-    @inline
-    def load_row(table, row, num_columns, lane):
-        """A row of a table, a column a lane: all of it comes at once."""
-        return ptx.ld_global_i32(table + u64(u32(row) * u32(4 * num_columns) + u32(min(lane, i32(num_columns - 1))) * u32(4)))
-
-    @inline
-    def column(row, idx):
-        """A column of such a row, for all lanes."""
-        return cuda.shfl_sync(0xFFFFFFFF, row, idx)
 
     @inline
     def tile_idx():

@@ -63,8 +63,9 @@ from .hopper_config import (
     Partials,
     Results,
 )
+from .hopper_load import column, load_row
 
-i64, u32, u64, f32 = np.int64, np.uint32, np.uint64, np.float32
+i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
 MERGE_WARPS = MERGE_MAX_SHARES
 NUM_THREADS = 32 * MERGE_WARPS
@@ -82,20 +83,19 @@ BATCH, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * 4
 O_STATE = 4
 STATE_FLOATS = O_STATE + 4 * PAIR
 STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
-# A counter: parts that are there in the low half, in the high half blocks that have seen them all.
-SEEN = 1 << 16
 
-# A row of the merge table: where it lies, and what is kept of it; the rest is read where it is used, for want of registers.
-Job = namedtuple("Job", "at num_parts first_slot num_rows row_begin share num_shares")
+# What a block's warps share of an item: its row of the table, and whether its parts are there.
+READY = MERGE_COLUMNS
+ITEM_SMEM = MERGE_COLUMNS + 1
 # What a launch has in common.
 Shape = namedtuple("Shape", "row_tiles row_groups num_kv_heads heads_per_kv")
 
 
 def merge_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_merge`'s."""
-    table, i, stride, address = types.CPointer(types.int32), types.int32, types.int64, types.uint64
-    return types.void(table, table, address, address, address, address, stride, stride, stride, address, stride, stride, stride, i, i, i, i,
-                      types.float32)
+    i, stride, address = types.int32, types.int64, types.uint64
+    return types.void(address, address, address, address, address, address, stride, stride, stride, address, stride, stride, stride,
+                      i, i, i, i, types.float32)
 
 
 @cache
@@ -104,13 +104,6 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
     use, of 4 * `row_tiles`."""
     to_pair = ptx.cvt_bf16x2 if dtype == "bfloat16" else ptx.cvt_f16x2
     inline = cuda.jit(device=True, forceinline=True)
-
-    @inline
-    def read_job(merges, row, heads_per_kv):
-        at = u32(row * u32(MERGE_COLUMNS))
-        return Job(at, u32(merges[at + MERGE_NUM_PARTS]), u32(merges[at + MERGE_FIRST_SLOT]),
-                   u32(u32(merges[at + MERGE_Q_LEN]) * heads_per_kv), u32(merges[at + MERGE_ROW_BEGIN]), u32(merges[at + MERGE_SHARE]),
-                   u32(merges[at + MERGE_NUM_SHARES]))
 
     @inline
     def add_batch(state_rmem, states_rmem, v_rmem, count):
@@ -182,13 +175,15 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 state_rmem[at] = total
 
     @inline
-    def store_state(state_rmem, merges, job, first_row, kv_head, half, pair, lane, heads_per_kv, results, is_rehearsal):
+    def store_state(state_rmem, item_smem, row_group, kv_head, columns, heads_per_kv, results, is_rehearsal):
         """Results of this lane's two rows."""
-        column_bytes = half * u32(HEAD_DIM_V) + pair * u32(PAIR * 16) + (lane & u32(3)) * u32(4)
-        q_batch, q_begin = merges[job.at + MERGE_Q_BATCH], merges[job.at + MERGE_Q_BEGIN]
+        lane = ptx.opaque_b32(u32(cuda.threadIdx.x)) & u32(31)
+        column_bytes = columns + (lane & u32(3)) * u32(4)
+        q_batch, q_begin = item_smem[MERGE_Q_BATCH], item_smem[MERGE_Q_BEGIN]
+        num_rows = u32(item_smem[MERGE_Q_LEN] * heads_per_kv)
         for r in range(2):
-            row = u32(first_row + (lane >> u32(2)) + u32(8 * r))
-            if row < job.num_rows:
+            row = u32(item_smem[MERGE_ROW_BEGIN] + row_group * u32(ITEM_ROWS) + (lane >> u32(2)) + u32(8 * r))
+            if row < num_rows:
                 token, head = i64(q_begin) + i64(row // heads_per_kv), i64(kv_head * heads_per_kv + row % heads_per_kv)
                 total = state_rmem[2 + r]
                 factor = f32(1) / total if total > f32(0) else f32(0)
@@ -205,59 +200,64 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                                       (state_rmem[r] + math.log2(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
 
     @inline
-    def await_parts(counter, num_parts, num_blocks):
-        """Until the decode has counted `num_parts` up; the last of `num_blocks` blocks to see it makes the counter ready for the next
-        launch. By one thread. The decode's blocks have all begun, and wait for no block of this grid."""
-        while ptx.ld_acquire(counter) & u32(SEEN - 1) != num_parts:
-            pass
-        if ptx.atom_add_relaxed(counter, u32(SEEN)) >> u32(16) == num_blocks - u32(1):
-            ptx.st_relaxed(counter, u32(0))
+    def are_there(counter, num_parts):
+        """Whether the decode has counted `num_parts` up. By one thread."""
+        return ptx.ld_acquire(counter) >= num_parts
 
     @inline
-    def merge_item(state_rmem, states_smem, ready_smem, merges, job, place, warp, lane, shape, partials, results):
+    def merge_item(state_rmem, states_smem, item_smem, merge, num_parts, place, warp, lane, shape, partials, results):
         """Item `place` of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
         group, half, rest = place % u32(ITEMS_PER_HALF), place // u32(ITEMS_PER_HALF) % u32(2), place // u32(ITEMS_PER_GROUP)
         row_group, kv_head = u32(u32(rest) % shape.row_groups), u32(u32(rest) // shape.row_groups)
-        first_row = u32(job.row_begin + row_group * u32(ITEM_ROWS))
-        if first_row < job.num_rows:
+        first_row = u32(u32(column(merge, MERGE_ROW_BEGIN)) + row_group * u32(ITEM_ROWS))
+        num_shares, share = u32(column(merge, MERGE_NUM_SHARES)), u32(column(merge, MERGE_SHARE))
+        first_of_job = u32(column(merge, MERGE_FIRST_SLOT))
+        if first_row < u32(u32(column(merge, MERGE_Q_LEN)) * shape.heads_per_kv):
             # The warps from first_warp on have one pair, of every so many-th part each; a block's pairs lie so far apart, too.
-            first_part = u32(warp & (job.num_shares - u32(1)))
+            first_part = u32(warp & (num_shares - u32(1)))
             first_warp = u32(warp - first_part)
-            pair = u32(group * u32(MERGE_WARPS) + first_warp + job.share)
+            pair = u32(group * u32(MERGE_WARPS) + first_warp + share)
             # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows'.
             tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
             step = u32(shape.num_kv_heads * shape.row_tiles)
-            first_slot = u32(job.first_slot * step + kv_head * shape.row_tiles + tile)
+            first_slot = u32(first_of_job * step + kv_head * shape.row_tiles + tile)
             o_lane = partials.o + u64(part_warp * u32(WARP_PART_BYTES) + pair * u32(PAIR * STRIP_BYTES) + lane * u32(16))
             state_lane = partials.states + u64(half * u32(STATE_BYTES) + (row_group % u32(NUM_WARPS // 2) * u32(ITEM_ROWS)
                                                                            + (lane >> u32(2))) * u32(4))
             counter = partials.counters + u64(first_slot * u32(NUM_WARPS) + part_warp) * u64(4)
+            columns = ptx.opaque_b32(half * u32(HEAD_DIM_V) + pair * u32(PAIR * 16))
             if cuda.threadIdx.x == 0:
-                ready_smem[0] = ptx.ld_acquire(counter) & u32(SEEN - 1) == job.num_parts
-            # All warps: whether the parts are there; and the states of the item before have been read.
+                item_smem[READY] = are_there(counter, num_parts)
+            if cuda.threadIdx.x < MERGE_COLUMNS:
+                item_smem[cuda.threadIdx.x] = u32(merge)
+            # All warps: whether the parts are there, and the table's row.
             cuda.syncthreads()
             # If they are not, a rehearsal: all but loads and stores, so that the code is near when they are (up to 3 us of 25, H100).
-            is_rehearsal = ready_smem[0] == 0
+            is_rehearsal = item_smem[READY] == 0
             while True:
-                if not is_rehearsal:
-                    if cuda.threadIdx.x == 0:
-                        await_parts(counter, job.num_parts, job.num_shares * u32(ITEMS_PER_HALF))
-                    # All warps: the parts are there.
-                    cuda.syncthreads()
-                merge_parts(state_rmem, o_lane, state_lane, u32(first_slot + first_part * step), u32(job.num_shares * step), first_part,
-                            job.num_parts, job.num_shares, is_rehearsal)
-                if job.num_shares > 1:
+                if cuda.threadIdx.x == 0 and not is_rehearsal:
+                    # Of the blocks that see it complete the last one begins the count anew, for the next launch.
+                    ptx.red_inc_u32(counter, u32(num_parts + num_shares * u32(ITEMS_PER_HALF) - u32(1)))
+                merge_parts(state_rmem, o_lane, state_lane, u32(first_slot + first_part * step), u32(num_shares * step), first_part,
+                            num_parts, num_shares, is_rehearsal)
+                if num_shares > 1:
                     for i in range(STATE_FLOATS):
                         states_smem[(warp * STATE_FLOATS + i) * 32 + lane] = state_rmem[i]
                     # All warps: their states are there. (All of a block come here together: what decides it is the same for all.)
                     cuda.syncthreads()
                     if first_part == 0:
-                        add_warps(state_rmem, states_smem, first_warp, job.num_shares, lane)
+                        add_warps(state_rmem, states_smem, first_warp, num_shares, lane)
                 if first_part == 0:
-                    store_state(state_rmem, merges, job, first_row, kv_head, half, pair, lane, shape.heads_per_kv, results, is_rehearsal)
+                    store_state(state_rmem, item_smem, row_group, kv_head, columns, shape.heads_per_kv, results, is_rehearsal)
                 if not is_rehearsal:
                     break
                 is_rehearsal = False
+                if cuda.threadIdx.x == 0:
+                    # The decode's blocks have all begun, and wait for no block of this grid.
+                    while not are_there(counter, num_parts):
+                        pass
+                # All warps: the parts are there.
+                cuda.syncthreads()
 
     def hopper_merge(merges, totals, o_partial, state_partial, counters, out, out_batch_stride, out_token_stride, out_head_stride, lse,
                      lse_batch_stride, lse_head_stride, lse_token_stride, row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse):
@@ -266,16 +266,26 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
         results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                           lse_token_stride, empty_lse)
         states_smem = cuda.shared.array(STATES_SMEM, types.float32)
-        ready_smem = cuda.shared.array(1, types.uint32)
+        item_smem = cuda.shared.array(ITEM_SMEM, types.uint32)
         warp, lane = u32(cuda.threadIdx.x) >> u32(5), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)
         items_per_row = u32(shape.num_kv_heads * shape.row_groups * u32(ITEMS_PER_GROUP))
-        num_items, item = u32(u32(totals[TOTAL_MERGES]) * items_per_row), u32(cuda.blockIdx.x)
-        # The tables are older than the decode.
+        item = u32(cuda.blockIdx.x)
+        # The tables are older than the decode. The first row is loaded beside the number of rows, in use or not: it is in the table.
+        num_rows = u32(ptx.ld_global_i32(totals + u64(4 * TOTAL_MERGES)))
+        merge = load_row(merges, item // items_per_row, MERGE_COLUMNS, i32(lane))
+        # Before the number is looked at, lest the row be loaded only then: a shuffle stays where it is.
+        num_parts = u32(column(merge, MERGE_NUM_PARTS))
+        num_items = u32(num_rows * items_per_row)
         while item < num_items:
-            job, place = read_job(merges, u32(item // items_per_row), shape.heads_per_kv), u32(item % items_per_row)
-            merge_item(state_rmem, states_smem, ready_smem, merges, job, place, warp, lane, shape, partials, results)
+            place = u32(item % items_per_row)
+            merge_item(state_rmem, states_smem, item_smem, merge, num_parts, place, warp, lane, shape, partials, results)
             item = u32(item + u32(cuda.gridDim.x))
+            if item < num_items:
+                # All warps: they are done with what is in shared memory of the item before.
+                cuda.syncthreads()
+                merge = load_row(merges, item // items_per_row, MERGE_COLUMNS, i32(lane))
+                num_parts = u32(column(merge, MERGE_NUM_PARTS))
         # Also where there was nothing to do: a grid that ends without having waited lets the next one start before the decode has ended.
         ptx.griddepcontrol_wait()
 

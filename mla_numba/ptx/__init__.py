@@ -5,7 +5,7 @@ indexed by constants alone. Sections are those of the PTX ISA, version 9.0.
 """
 
 from .arithmetic import cvt_bf16x2, cvt_f16x2, ex2, fma_rn, lg2_approx, mul_rn
-from .atomics import atom_add_acq_rel, atom_add_relaxed, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, st_relaxed
+from .atomics import atom_add_acq_rel, atom_add_relaxed, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, red_inc_u32, st_relaxed
 from .barriers import (
     bar_arrive,
     bar_sync,
@@ -146,6 +146,7 @@ __all__ = [
     "prefetch_tensormap",
     "red_add_f32",
     "red_add_u32",
+    "red_inc_u32",
     "smem_address",
     "st_async_b32",
     "st_global_b32",

@@ -31,6 +31,12 @@ def red_add_u32(address: u64, value: u32) -> None:
     9.7.13.6."""
 
 
+@instruction("red.relaxed.gpu.global.inc.u32 [<address>], <bound>;")
+def red_inc_u32(address: u64, bound: u32) -> None:
+    """`red.inc`: adds 1, or sets to 0 what is `bound` or more, so that the last of a known number begins a count anew. Orders nothing.
+    PTX ISA 9.7.13.6."""
+
+
 @instruction("ld.acquire.gpu.global.u32 <result>, [<address>];")
 def ld_acquire(address: u64) -> u32:
     """`ld.acquire.gpu`: what another thread block released. PTX ISA 9.7.9.8."""

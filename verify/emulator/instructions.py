@@ -329,6 +329,9 @@ class Instructions:
     def red_add_u32(self, address: int, value: int) -> None:
         self._atomic(address, lambda before: before + int(value), False, True)
 
+    def red_inc_u32(self, address: int, bound: int) -> None:
+        self._atomic(address, lambda before: before + 1 if before < int(bound) else 0, False, False)
+
     def red_add_f32(self, address: int, value: Any) -> None:
         self._machine.pause()
         word, _ = self._machine.memory.strong(int(address))

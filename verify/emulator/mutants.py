@@ -23,6 +23,8 @@ TWO = (MLACase(seq_lens=(290,), num_heads_q=128), 2)
 # The second job of the first request has rows for one of its two row tiles.
 UNEVEN = (MLACase(seq_lens=(150, 130), num_heads_q=96, q_lens=(2, 1)), 2)
 FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
+# More items of the merge than it has thread blocks.
+ITEMS = (MLACase(seq_lens=(500,), num_heads_q=20), 5)
 IDLE = (MLACase(seq_lens=(65,), num_heads_q=16), 3)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
@@ -180,20 +182,23 @@ MUTANTS = (
     Mutant("rehearsal stores what it made", _STORE, " if num_parts > 0 else i32(0)", "", cases=(IDLE,)),
     Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, _ANNOUNCED.partition("\n")[2], cases=(MANY,),
            also=((_MANY_PARTS, _MANY_PARTS + "                announce(counter, lane)\n"),)),
-    Mutant("parts merged before they are there", _MERGE, *_without("                        await_parts(counter, job.num_parts, "
-           "job.num_shares * u32(ITEMS_PER_HALF))"), cases=(MANY,)),
-    Mutant("one part too few awaited", _MERGE, "!= num_parts:", "< num_parts - u32(1):", cases=(MANY,)),
-    Mutant("parts' counter left as it is", _MERGE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(MANY,)),
-    Mutant("parts' counter begun anew too early", _MERGE, "== num_blocks - u32(1):", "== num_blocks - u32(2):", cases=(MANY,)),
-    Mutant("parts awaited by one warp only", _MERGE, "                    # All warps: the parts are there.\n"
-           "                    cuda.syncthreads()\n", "", cases=(MANY,)),
+    Mutant("parts merged before they are there", _MERGE, "while not are_there(counter, num_parts):", "while False:", cases=(MANY,)),
+    Mutant("one part too few awaited", _MERGE, ">= num_parts\n", ">= num_parts - u32(1)\n", cases=(MANY,)),
+    Mutant("parts' counter left as it is", _MERGE, *_without("                    ptx.red_inc_u32(counter, u32(num_parts + num_shares "
+           "* u32(ITEMS_PER_HALF) - u32(1)))"), cases=(MANY,)),
+    Mutant("parts' counter begun anew too early", _MERGE, "* u32(ITEMS_PER_HALF) - u32(1)))", "* u32(ITEMS_PER_HALF) - u32(2)))",
+           cases=(MANY,)),
+    Mutant("parts awaited by one warp only", _MERGE, "                # All warps: the parts are there.\n"
+           "                cuda.syncthreads()\n", "", cases=(MANY,)),
     Mutant("merge ends without having waited", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(PAIR,)),
     Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, (MANY,),
            share_parts=FEW_SHARE_PARTS),
-    Mutant("merge acts on a word that is not there", _MERGE, "states of the item before have been read.\n            cuda.syncthreads()\n",
-           "states of the item before have been read.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
-    Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, job.num_shares, lane)",
-           "first_warp, u32(job.num_shares - u32(1)), lane)", (FIVE,), share_parts=FEW_SHARE_PARTS),
-    Mutant("merge mixes up its shares", _MERGE, "first_warp + job.share)", "first_warp + job.share % u32(1))", (MANY,),
+    Mutant("merge acts on a word that is not there", _MERGE, "are there, and the table's row.\n            cuda.syncthreads()\n",
+           "are there, and the table's row.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge begins an item over the one before", _MERGE, "of the item before.\n                cuda.syncthreads()\n",
+           "of the item before.\n", cases=(ITEMS,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, num_shares, lane)",
+           "first_warp, u32(num_shares - u32(1)), lane)", (FIVE,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge mixes up its shares", _MERGE, "first_warp + share)", "first_warp + share % u32(1))", (MANY,),
            share_parts=FEW_SHARE_PARTS),
 )
