@@ -13,6 +13,7 @@ import numpy as np
 from numba.cuda import types
 
 from mla_numba import ptx
+from mla_numba.kernels.hopper_config import FIRST_MAP, MAP_WORDS
 from verify import ptx_kernels
 from verify.ptx_kernels import ALL_BITS, TILE_BYTES, TURNS, WARP
 from verify.tolerances import ex2_bound, lg2_bound, worst_ratio
@@ -63,6 +64,8 @@ class Effect:
         What it is compiled with, and for.
     tensor_maps : mapping
         By name, of the arrays in whose place the kernel is given a tensor map.
+    map_is_parameter : bool
+        The map itself is the parameter, behind `FIRST_MAP` words of padding; otherwise its address.
     bound : callable, optional
         Expected values to the error they may have, where the instruction is an approximation.
     """
@@ -80,6 +83,7 @@ class Effect:
     fastmath: bool = False
     blocks_per_sm: int = 1
     tensor_maps: Mapping[str, TensorMap] = field(default_factory=dict)
+    map_is_parameter: bool = False
     bound: Callable[[np.ndarray], np.ndarray] | None = None
 
     def kernel(self) -> Callable[..., None]:
@@ -88,7 +92,9 @@ class Effect:
 
     def types(self) -> Any:
         """Numba's types of the kernel and its arguments."""
-        return types.void(*[types.uint64] * self.kernel().__code__.co_argcount)
+        map_type = types.UniTuple(types.uint64, FIRST_MAP + MAP_WORDS) if self.map_is_parameter else types.uint64
+        names = self.kernel().__code__.co_varnames[:self.kernel().__code__.co_argcount]
+        return types.void(*[map_type if name == "tensor_map" else types.uint64 for name in names])
 
     def check(self, inputs: Arrays, results: Arrays) -> None:
         """Compare the arrays after the launch with what they must be."""
@@ -403,9 +409,11 @@ _ALL = [
              lambda rng: {"out": _unset(len(BOXES) * TILE_BYTES // 4), "held": _unset(1), "tensor": _tensor(rng)}, _tma_load,
              (BOXES, expect_apart), num_threads=128, smem_bytes=len(BOXES) * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(64))
       for name, expect_apart in (("tma_load", False), ("tma_load_expect_tx", True))),
-    Effect("tma_load_5d", "make_tma_load_5d",
-           lambda rng: {"out": _unset(len(BOXES_5D) * 2 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_load_5d,
-           (BOXES_5D, 2), num_threads=128, smem_bytes=len(BOXES_5D) * 2 * TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tile_map(64, 2)),
+    *(Effect(name, "make_tma_load_5d",
+             lambda rng: {"tensor": _tensor(rng), "out": _unset(len(BOXES_5D) * 2 * TILE_BYTES // 4)}, _tma_load_5d,
+             (BOXES_5D, 2, parameter), num_threads=128, smem_bytes=len(BOXES_5D) * 2 * TILE_BYTES + 8 + ALIGNMENT,
+             tensor_maps=_tile_map(64, 2), map_is_parameter=parameter is not None)
+      for name, parameter in (("tma_load_5d", None), ("tma_load_by_parameter", FIRST_MAP))),
     Effect("tma_multicast", "make_tma_multicast", lambda rng: {"out": _unset(4 * TILE_BYTES // 4), "tensor": _tensor(rng)}, _tma_multicast,
            (2,), num_threads=128, num_blocks=4, cluster_size=2, smem_bytes=TILE_BYTES + 8 + ALIGNMENT, tensor_maps=_tensor_map(32)),
     Effect("tma_multicast_turns", "make_tma_multicast_turns",

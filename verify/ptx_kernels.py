@@ -423,13 +423,15 @@ def make_tma_load(boxes, expect_apart):
     return kernel
 
 
-def make_tma_load_5d(boxes, num_tiles):
-    """Boxes of [num_tiles, 64, 64] at the coordinates given: tiles of one z side by side along x, which are an axis of their own."""
+def make_tma_load_5d(boxes, num_tiles, parameter):
+    """Boxes of [num_tiles, 64, 64] at the coordinates given: tiles of one z side by side along x, which are an axis of their own. If the
+    tensor map begins at parameter `parameter`, that is what is used, without a fence."""
     num_boxes = len(boxes)
     box_bytes = num_tiles * TILE_BYTES
     num_bytes = num_boxes * box_bytes
+    map_address = None if parameter is None else ptx.make_parameter_address(parameter)
 
-    def kernel(out, tensor_map):
+    def kernel(tensor_map, out):
         thread = i32(cuda.threadIdx.x)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
         mbar = base + u32(num_bytes)
@@ -440,11 +442,15 @@ def make_tma_load_5d(boxes, num_tiles):
         # All threads: the mbarrier is there.
         cuda.syncthreads()
         if thread == 0:
-            ptx.fence_proxy_tensormap_acquire(tensor_map)
+            if parameter is None:
+                at_map = tensor_map
+                ptx.fence_proxy_tensormap_acquire(at_map)
+            else:
+                at_map = map_address()
             ptx.mbarrier_arrive_expect_tx(mbar, u32(num_bytes))
             for box in range(num_boxes):
                 x, y, z, w, v = boxes[box]
-                ptx.tma_load_5d(base + u32(box * box_bytes), tensor_map, mbar, i32(x), i32(y), i32(z), i32(w), i32(v), u64(ptx.EVICT_FIRST))
+                ptx.tma_load_5d(base + u32(box * box_bytes), at_map, mbar, i32(x), i32(y), i32(z), i32(w), i32(v), u64(ptx.EVICT_FIRST))
         # Thread 0 arrived, all bytes came.
         ptx.mbarrier_wait_parity(mbar, u32(0))
         for at in range(16 * thread, num_bytes, 16 * i32(cuda.blockDim.x)):

@@ -44,8 +44,8 @@ def test_what_the_decode_kernel_compiles_to(variant):
     assert report.opcodes["UTMALDG"] >= 2 + 5
     # Of two thread blocks each loads for both, arrives at the other one's barriers, and waits for it at its begin and end.
     assert (report.opcodes["UTMALDG.5D.MULTICAST"] >= 5) == (report.opcodes["UCGABAR_WAIT"] >= 2) == (variant[2] % 2 == 0)
-    # Ten lines of 128 bytes and fewer are a row of the cache.
-    assert report.opcodes["CCTL.E.PF2"] == (9 if variant[2] > 1 else 0)
+    # Page ids; ten lines of 128 bytes and fewer are a row of the cache.
+    assert report.opcodes["CCTL.E.PF2"] == 1 + (9 if variant[2] > 1 else 0)
     assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
 
 
@@ -114,8 +114,10 @@ def test_team_with_kv_heads(kv_heads, team):
 
 def test_arguments_are_packed_as_the_kernels_read_them():
     spec = hopper.decode_spec("bfloat16", 64, 1)
-    assert gpu.formats(spec.types()) == "QQQQqqiQqqqiQQQQqqqQqqqQQQiiiff"
+    assert gpu.formats(spec.types()) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
+    # Parameters begin here in constant bank 0 of sm_90, and TMA wants its maps at multiples of 64.
+    assert (0x210 + 8 * hopper_config.FIRST_MAP) % 64 == 0
 
 
 def test_boxes_are_pages_or_parts_of_them():

@@ -25,7 +25,7 @@ from verify.ptx_effects import EFFECTS  # noqa: E402
 INSTRUCTIONS = {name: getattr(ptx, name) for name in ptx.__all__ if hasattr(getattr(ptx, name), "ptx")}
 MADE = {"wgmma_wait_group": ptx.make_wgmma_wait_group(3), "setmaxnreg_inc": ptx.make_setmaxnreg("inc", 232),
         "setmaxnreg_dec": ptx.make_setmaxnreg("dec", 40), "cp_async_wait_group": ptx.make_cp_async_wait_group(2),
-        "cp_async_bulk_wait_group": ptx.make_cp_async_bulk_wait_group(1),
+        "parameter_address": ptx.make_parameter_address(0), "cp_async_bulk_wait_group": ptx.make_cp_async_bulk_wait_group(1),
         "cp_async_bulk_wait_group_read": ptx.make_cp_async_bulk_wait_group(1, read=True),
         **{f"createpolicy_{priority}": ptx.make_createpolicy(priority, 0.5) for priority in ("evict_first", "evict_last", "evict_normal")}}
 ALL = {**INSTRUCTIONS, **MADE}
@@ -52,7 +52,8 @@ def _calling(instruction):
 def _with_registers(text):
     """Regular expression for the instruction's text with any registers as operands and any number in labels."""
     parts = re.split(r"(<\w+>)", re.sub(r"\s+", " ", text.replace(r"\22", '"')))
-    return "".join(r"\d+" if part == "<uid>" else r"%\w+" if part.startswith("<") else re.escape(part) for part in parts)
+    special = {"<uid>": r"\d+", "<kernel>": r"\w+"}
+    return "".join(special.get(part, r"%\w+") if part.startswith("<") else re.escape(part) for part in parts)
 
 
 @pytest.mark.parametrize("name", ALL)

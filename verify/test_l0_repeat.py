@@ -5,6 +5,7 @@ The arrays say that they are on a GPU; the driver writes down what it is to laun
 
 import ctypes
 import gc
+import struct
 import sys
 import threading
 import types
@@ -26,7 +27,6 @@ from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, 
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
-from mla_numba.host.tensor_map import TensorMaps  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
 _BATCH, _HEADS, _PAGES = 2, 16, 4
@@ -100,14 +100,15 @@ class _Driver:
     def __init__(self, real):
         self._real, self.current, self.launches = real, 1, []
         self.cuCtxGetCurrent = lambda: (0, self.current)
-        self.cuLaunchKernelEx = lambda config, function, arguments, _: (self._launch(config, function, arguments),)
+        self.cuLaunchKernelEx = lambda config, function, _, extra: (self._launch(config, function, extra),)
 
     def __getattr__(self, name):
         return getattr(self._real, name)
 
-    def _launch(self, config, spec, arguments):
-        pointers = (ctypes.c_uint64 * len(spec.types().args)).from_address(arguments)
-        words = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
+    def _launch(self, config, spec, extra):
+        _, buffer, _, size, end = (ctypes.c_uint64 * 5).from_address(extra)
+        assert end == 0
+        words = struct.unpack("@" + gpu.formats(spec.types()), ctypes.string_at(buffer, ctypes.c_uint64.from_address(size).value))
         grid = config.gridDimX, config.gridDimY, config.gridDimZ
         self.launches.append((spec.name, self.current, int(config.hStream), grid, words))
         return 0
@@ -142,7 +143,7 @@ class _Run:
             gpus=[_Machine(self.driver)],
             to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
         monkeypatch.setattr(gpu, "load_kernel", lambda spec, device_idx: spec)
-        monkeypatch.setattr(TensorMaps, "address", lambda maps, *key: hash(key) % 2**64)
+        monkeypatch.setattr(gpu, "encode", lambda *key: hash(key).to_bytes(128, "little", signed=True))
         device = gpu.Gpu(0)
         self.copies = []
         monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))

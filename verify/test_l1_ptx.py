@@ -16,7 +16,8 @@ from cuda.bindings import driver
 
 from mla_numba.host import hopper
 from mla_numba.host.cubin import checked, compile_kernel
-from mla_numba.host.tensor_map import TensorMaps
+from mla_numba.host.tensor_map import encode
+from mla_numba.kernels.hopper_config import FIRST_MAP
 from verify.ptx_effects import EFFECTS, Arrays, Effect
 
 # A kernel that waits for ever ends with the process alone.
@@ -50,14 +51,22 @@ def _kernel(effect: Effect) -> driver.CUfunction:
 def _run(effect: Effect, inputs: Arrays) -> Arrays:
     """The arrays after the launch."""
     memory = {name: cuda.to_device(array) for name, array in inputs.items()}
-    maps = TensorMaps()
-    arguments = np.zeros(len(inputs), np.uint64)
-    for i, (name, array) in enumerate(memory.items()):
-        arguments[i] = array.__cuda_array_interface__["data"][0]
-        if name in effect.tensor_maps:
-            tensor_map = effect.tensor_maps[name]
-            arguments[i] = maps.address(tensor_map.dtype, int(arguments[i]), tensor_map.sizes, tensor_map.strides, tensor_map.box)
-    pointers = arguments.ctypes.data + 8 * np.arange(len(inputs), dtype=np.uint64)
+    words: list[int] = []
+    maps = []
+    for name, array in memory.items():
+        address = array.__cuda_array_interface__["data"][0]
+        if name not in effect.tensor_maps:
+            words.append(address)
+            continue
+        given = effect.tensor_maps[name]
+        encoded = np.frombuffer(encode(given.dtype, address, given.sizes, given.strides, given.box), np.uint64)
+        if effect.map_is_parameter:
+            words += [0] * FIRST_MAP + encoded.tolist()
+        else:
+            maps.append(cuda.to_device(encoded))
+            words.append(maps[-1].__cuda_array_interface__["data"][0])
+    arguments = np.array(words, np.uint64)
+    pointers = arguments.ctypes.data + 8 * np.arange(len(words), dtype=np.uint64)
 
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = effect.num_blocks, 1, 1

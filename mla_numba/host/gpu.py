@@ -7,21 +7,25 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver
 from numba import cuda
+from numba.cuda import types
 
 from ..config import ceil_div
 from .cubin import load_kernel
 from .launch import KernelSpec, Strided, configured, numba_stream
-from .tensor_map import TensorMaps
+from .tensor_map import encode
 
-# struct's letters for the types of a kernel's arguments; all others are addresses.
+# struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, and all others are addresses.
 _LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
+# What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
+_END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
 # Launch configurations kept for each kernel.
 _MAX_CONFIGS = 256
 
 
 def formats(signature: Any) -> str:
     """How struct packs the arguments of a kernel."""
-    return "".join(_LETTERS.get(str(argument), "Q") for argument in signature.args)
+    return "".join(f"{8 * argument.count}s" if isinstance(argument, types.UniTuple) else _LETTERS.get(str(argument), "Q")
+                   for argument in signature.args)
 
 
 class _Kernel:
@@ -29,12 +33,13 @@ class _Kernel:
 
     def __init__(self, function: Any, letters: str, spec: KernelSpec):
         self.function, self._spec = function, spec
-        # Every argument has 8 bytes of its own; cuLaunchKernelEx takes the addresses of them all.
-        words = np.zeros(len(letters), np.uint64)
-        self.pack = partial(struct.Struct("<" + "".join(letter if letter in "Qq" else letter + "4x" for letter in letters)).pack_into,
-                            words.data, 0)
-        self._pointers = words.ctypes.data + 8 * np.arange(len(letters), dtype=np.uint64)
-        self.arguments = int(self._pointers.ctypes.data)
+        # All arguments in one buffer, laid out as C lays out a struct's members.
+        packing = struct.Struct("@" + letters)
+        buffer = np.zeros(packing.size, np.uint8)
+        self.pack = partial(packing.pack_into, buffer.data, 0)
+        size = np.array([packing.size], np.uint64)
+        extra = np.array([_BUFFER_POINTER, buffer.ctypes.data, _BUFFER_SIZE, size.ctypes.data, _END], np.uint64)
+        self.arguments, self._keep = int(extra.ctypes.data), (buffer, size, extra)
         # By grid and stream.
         self.configs: dict[tuple[tuple[int, int, int], int], Any] = {}
 
@@ -70,20 +75,14 @@ class Gpu:
         self.num_sms = int(self._numba.MULTIPROCESSOR_COUNT)
         with self._numba:
             self._context = _current_context()
-        self._maps = TensorMaps()
         self._kernels: dict[KernelSpec, _Kernel] = {}
         # Memory per (stream, purpose), grown as needed: its floats, its address, its owner. A former, smaller one may be in a captured
         # graph: it is kept.
         self._memory: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
-        """Where the map lies in device memory."""
-        key = (dtype, address, sizes, strides, box)
-        known = self._maps.known.get(key)
-        if known is not None:
-            return known
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         with self._numba:
-            return self._maps.address(*key)
+            return encode(dtype, address, sizes, strides, box)
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
         """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes; the same memory for the same stream and purpose."""
@@ -103,10 +102,10 @@ class Gpu:
         config = kernel.configs.get((grid, stream)) or kernel.config(grid, stream)
         # Numba's way of making a device current costs more than a launch (5.6 and 3.7 us, H100 machine).
         if _current_context() == self._context:
-            (error,) = driver.cuLaunchKernelEx(config, kernel.function, kernel.arguments, 0)
+            (error,) = driver.cuLaunchKernelEx(config, kernel.function, 0, kernel.arguments)
         else:
             with self._numba:
-                (error,) = driver.cuLaunchKernelEx(config, kernel.function, kernel.arguments, 0)
+                (error,) = driver.cuLaunchKernelEx(config, kernel.function, 0, kernel.arguments)
         if error:
             raise RuntimeError(f"cuLaunchKernelEx failed: {error.name}")
 

@@ -25,7 +25,7 @@ _OVERHEAD_BLOCKS = 5
 _MIN_SPLIT_BLOCKS = 2
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
-# Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.
+# Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone.
 _MAX_KEPT = 256
 # ex2.approx flushes smaller ones, and 0 times the infinity that hides a token would be no number.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
@@ -97,7 +97,8 @@ class Device(Protocol):
 
     num_sms: int
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int: ...
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
+        """As a kernel takes it for a parameter."""
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int: ...
 
@@ -133,7 +134,7 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
-def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int, int], int]:
+def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int, int], Any]:
     """How a q that lies as this one, at any address, gets its tensor map: a function of its address and the stream.
 
     The map is of (packed rows, tiles, KV heads, q batches), a box is a row tile. Packed rows are token by token, head by head; where q's
@@ -156,10 +157,10 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
     destination_strides = (copy_strides[3], heads * row, copy_strides[2], row, 2)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_map(address: int, strides: tuple[int, ...]) -> int:
+    def tensor_map(address: int, strides: tuple[int, ...]) -> Any:
         return device.tensor_map(shape.dtype, address, sizes, strides, box)
 
-    def copying_if_needed(address: int, stream: int) -> int:
+    def copying_if_needed(address: int, stream: int) -> Any:
         if fits and address % 16 == 0:
             return tensor_map(address, strides)
         copied = device.workspace(num_floats, stream, "q")
@@ -169,7 +170,7 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
     return copying_if_needed
 
 
-def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: Device) -> Callable[[int], tuple[int, int]]:
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: Device) -> Callable[[int], tuple[Any, Any]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
     or the two halves of a right side, or a tile of a page's tokens, if pages are smaller."""
     from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
@@ -186,7 +187,7 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: 
     left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in box_tiles)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_maps(address: int) -> tuple[int, int]:
+    def tensor_maps(address: int) -> tuple[Any, Any]:
         if num_pages == 0:
             address = device.workspace(page_stride // 4, 0, "zeros")
         return (device.tensor_map(shape.dtype, address, sizes, strides, left),
@@ -225,7 +226,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_blocks = max(1, min(merge_rows * num_kv_heads * row_groups * ITEMS_PER_GROUP, BLOCKS_PER_SM * device.num_sms))
     grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_blocks, 1, 1)
-    table_words, cache_words = (*block_table.strides, block_table.shape[1]), (*kv_cache.strides[:3], kv_cache.shape[0])
+    table_words, cache_words = (*block_table.strides, *reversed(block_table.shape)), (*kv_cache.strides[:3], kv_cache.shape[0])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
     merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
@@ -249,8 +250,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
             maps = (q_map(q, stream), *kv_maps(kv_cache))
-            device.launch(kernel, grid, stream, *maps, block_table, *table_words, kv_cache, *cache_words, tables["jobs"],
-                          tables["workers"], tables["starts"], *results, o_partial, state_partial, counters, *words)
+            device.launch(kernel, grid, stream, tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
+                          *maps, block_table, *table_words, kv_cache, *cache_words, *results, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
                               *results, *merge_words)

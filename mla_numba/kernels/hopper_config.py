@@ -56,7 +56,7 @@ SUMS_OFFSET = 4 * BLOCK_M
 STATE_BYTES = 2 * SUMS_OFFSET
 
 # Named barriers; 0 is syncthreads. WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
-P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP, MAPS = 1, 2, 3, 4, 5, 6, 8
+P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6
 
 # Shared memory, bytes from a multiple of 1,024.
 Q_SMEM = 0
@@ -94,8 +94,11 @@ Place = namedtuple("Place", "base row_smem thread lane")
 # What all rows of a launch have in common.
 Problem = namedtuple("Problem", "heads_per_kv causal scale_log2e")
 # The arrays that a launch reads; strides in bytes.
-Tables = namedtuple("Tables", "q_map left_map right_map block_table row_stride column_stride max_pages cache jobs workers starts "
-                    "split_blocks")
+Tables = namedtuple("Tables", "block_table row_stride column_stride max_pages num_requests cache jobs workers starts split_blocks")
+# Addresses of the tensor maps. They are parameters of the kernel, of so many words each, behind so many others: TMA wants them at multiples
+# of 64 bytes, and the first parameter lies at one and 16 (sm_90).
+Maps = namedtuple("Maps", "q left right")
+MAP_WORDS, FIRST_MAP = 16, 6
 # The cache itself, for prefetches.
 Cache = namedtuple("Cache", "address page_stride token_stride head_stride num_pages")
 # The arrays that it writes; strides in bytes.

@@ -21,7 +21,6 @@ Who waits for whom (see the table in docs/kernel.md; one line each where it happ
                           In a cluster each producer loads half a side for both blocks: 4 warps of both -> both producers
     q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
     P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS    named barriers of the 256 consumers
-    MAPS                  the warp beside the producer's, which readies the tensor maps -> producer; once
 
 This file is the schedule. hopper_load brings the tiles, hopper_products multiplies, hopper_softmax is in between, hopper_store ends a
 piece, hopper_config has the numbers.
@@ -40,10 +39,12 @@ from .hopper_config import (
     BLOCK_N,
     CONSUMER_REGISTERS,
     EMPTY_SMEM,
+    FIRST_MAP,
     FULL_SMEM,
     K0_SMEM,
     K1_SMEM,
     LEFT_TILES,
+    MAP_WORDS,
     MAX_SMEM,
     NEXT_ROW,
     NO_SCORE,
@@ -72,6 +73,7 @@ from .hopper_config import (
     WARPGROUP,
     Cache,
     HopperConfig,
+    Maps,
     Partials,
     Place,
     Problem,
@@ -91,14 +93,15 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 def decode_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_decode`'s."""
     address, stride, i, f = types.uint64, types.int64, types.int32, types.float32
-    return types.void(address, address, address, address, stride, stride, i, address, stride, stride, stride, i, address, address, address,
-                      address, stride, stride, stride, address, stride, stride, stride, address, address, address, i, i, i, f, f)
+    tensor_map = types.UniTuple(types.uint64, MAP_WORDS)
+    return types.void(*[address] * FIRST_MAP, tensor_map, tensor_map, tensor_map, address, stride, stride, i, i, address, stride, stride,
+                      stride, i, address, stride, stride, stride, address, stride, stride, stride, i, i, i, f, f)
 
 
 @cache
 def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
-    ready_maps, produce = make_producer(config)
+    first_rows, prefetch_page_ids, produce = make_producer(config)
     finish_piece, products, softmax = make_store(config), make_products(config), make_softmax(config)
     load_q8, store_p, pv_rmem, pv_smem = products.load_q8, products.store_p, products.pv_rmem, products.pv_smem
     qk_side, qk_block = products.qk_side, products.qk_block
@@ -109,6 +112,8 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
     give_registers = ptx.make_setmaxnreg("dec", PRODUCER_REGISTERS)
+    # The maps lie one behind the other.
+    q_map_address, left_map_address, right_map_address = (ptx.make_parameter_address(FIRST_MAP + i * MAP_WORDS) for i in range(3))
 
     @inline
     def release(base, buffer, side, lane):
@@ -351,14 +356,20 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             finish_piece(regs, max_a, max_b, base, piece_words(base, parity), problem, results, partials)
             parity ^= u32(PIECE_BYTES)
 
-    def hopper_decode(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages, kv_cache, page_stride,
-                      token_stride, head_stride, num_pages, jobs, workers, starts, out, out_batch_stride, out_token_stride, out_head_stride,
-                      lse, lse_batch_stride, lse_head_stride, lse_token_stride, o_partial, state_partial, counters, heads_per_kv, causal,
-                      split_blocks, scale_log2e, empty_lse):
+    def hopper_decode(jobs, workers, starts, o_partial, state_partial, counters, _q_map, _left_map, _right_map, block_table,
+                      table_row_stride, table_column_stride, max_pages, num_requests, kv_cache, page_stride, token_stride, head_stride,
+                      num_pages, out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
+                      lse_token_stride, heads_per_kv, causal, split_blocks, scale_log2e, empty_lse):
         thread_idx = u32(cuda.threadIdx.x)
         wg, thread = thread_idx >> u32(7), thread_idx & u32(127)
         base = (ptx.smem_address(cuda.shared.array(0, types.uint8)) + u32(1023)) & u32(0xFFFFFC00)
         problem = Problem(heads_per_kv, causal, scale_log2e)
+        maps = Maps(q_map_address(), left_map_address(), right_map_address())
+        tables = Tables(block_table, table_row_stride, table_column_stride, max_pages, num_requests,
+                        Cache(kv_cache, page_stride, token_stride, head_stride, num_pages), jobs, workers, starts, split_blocks)
+        ptx.griddepcontrol_wait()
+        # By all warps, as the first thing; the producer's alone waits for them.
+        work, job = first_rows(tables, i32(thread_idx & u32(31)))
         if thread_idx == 0:
             for i in range(2 * 2):
                 ptx.mbarrier_init(base + u32(FULL_SMEM + 8 * i), u32(1))
@@ -366,11 +377,15 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.mbarrier_init(base + u32(Q_FULL_SMEM), u32(1))
             ptx.mbarrier_init(base + u32(Q_EMPTY_SMEM), u32(NUM_WARPS))
             ptx.fence_mbarrier_init()
+        elif thread_idx == NUM_CONSUMERS + 32:
+            # By an idle warp, at once: a load would wait for a map that is far.
+            ptx.prefetch_tensormap(maps.q)
+            ptx.prefetch_tensormap(maps.left)
+            ptx.prefetch_tensormap(maps.right)
         if thread_idx < BLOCK_M:
             ptx.st_shared_f32(base + u32(MAX_SMEM) + thread_idx * u32(4), NO_SCORE)
         if CLUSTER_SIZE > 1:
             ptx.barrier_cluster_arrive_relaxed()
-        ptx.griddepcontrol_wait()
         ptx.griddepcontrol_launch_dependents()
         # All threads: the mbarriers and the first maximum are there.
         cuda.syncthreads()
@@ -380,11 +395,9 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if wg == 2:
             give_registers()
             if thread < 32:
-                tables = Tables(q_map, left_map, right_map, block_table, table_row_stride, table_column_stride, max_pages,
-                                Cache(kv_cache, page_stride, token_stride, head_stride, num_pages), jobs, workers, starts, split_blocks)
-                produce(base, i32(thread), tables, problem)
+                produce(base, i32(thread), maps, tables, problem, work, job)
             elif thread < 64:
-                ready_maps(q_map, left_map, right_map, thread)
+                prefetch_page_ids(tables, i32(thread & u32(31)))
         else:
             take_registers()
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,

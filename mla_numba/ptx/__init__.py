@@ -37,7 +37,7 @@ from .cluster import (
     mbarrier_wait_parity_cluster,
     st_async_b32,
 )
-from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_setmaxnreg, nounroll
+from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_parameter_address, make_setmaxnreg, nounroll
 from .copy import cp_async_16, cp_async_16_zfill, cp_async_commit_group, cp_async_mbarrier_arrive_noinc, make_cp_async_wait_group
 from .matrix import ldmatrix_x4, ldmatrix_x4_trans, stmatrix_x4, stmatrix_x4_trans
 from .memory import (
@@ -123,6 +123,7 @@ __all__ = [
     "make_cp_async_bulk_wait_group",
     "make_cp_async_wait_group",
     "make_createpolicy",
+    "make_parameter_address",
     "make_registers_fence",
     "make_setmaxnreg",
     "make_wgmma",

@@ -1,9 +1,9 @@
-"""Registers of a warpgroup, programmatic dependent launch."""
+"""Registers of a warpgroup, programmatic dependent launch, parameters of a kernel."""
 
 from functools import cache
 from typing import Any
 
-from .instruction import instruction
+from .instruction import instruction, u64
 
 
 @cache
@@ -29,3 +29,13 @@ def griddepcontrol_launch_dependents() -> None:
 @instruction(r".pragma \22nounroll\22;")
 def nounroll() -> None:
     """`.pragma "nounroll"`: no instruction; as the first in a loop, keeps the assembler from unrolling it. PTX ISA 11.9.1."""
+
+
+@cache
+def make_parameter_address(idx: int) -> Any:
+    """The intrinsic for parameter `idx` of the kernel, where each element of a tuple is a parameter."""
+    @instruction(f"cvta.param.u64 <result>, <kernel>_param_{idx};", pure=True)
+    def parameter_address() -> u64:
+        """`cvta.param`: by any thread, in the kernel's own body; where the parameter lies. Orders nothing. PTX ISA 9.7.9.20."""
+
+    return parameter_address

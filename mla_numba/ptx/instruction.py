@@ -4,7 +4,8 @@
     def mbarrier_init(mbar_smem: u32, count: u32) -> None:
         '''...'''
 
-`<name>` stands for an argument, `<result>` for what is returned, `<uid>` for a number that differs at every use (labels).
+`<name>` stands for an argument, `<result>` for what is returned, `<uid>` for a number that differs at every use (labels), `<kernel>` for
+the name of the function that it is part of.
 Instructions that touch memory, barriers or other threads keep their place among each other; arithmetic (`pure=True`) may be moved.
 """
 
@@ -34,6 +35,8 @@ def emit(builder: ir.IRBuilder, text: str, constraints: Sequence[str], result: i
 def numbered(text: str, names: Sequence[str]) -> str:
     """`text` with `<name>` as the number that LLVM gives the operand: its place in `names`."""
     def operand(match: re.Match[str]) -> str:
+        if match[1] == "kernel":
+            return match[0]
         return "${:uid}" if match[1] == "uid" else f"${list(names).index(match[1])}"
 
     return re.sub(r"<(\w+)>", operand, text)
@@ -77,7 +80,7 @@ def instruction(text: str, pure: bool = False) -> Callable[[Callable[..., Any]],
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
             returned = ir.VoidType() if result_type is None else context.get_value_type(result_type)
-            value = emit(builder, asm_text, constraints, returned, args, pure)
+            value = emit(builder, asm_text.replace("<kernel>", builder.function.name), constraints, returned, args, pure)
             return context.get_dummy_value() if result_type is None else value
 
         signature = (types.void if result_type is None else result_type)(*argument_types)

@@ -68,12 +68,17 @@ class EmulatedGpu:
             placed[name] = SimpleNamespace(__cuda_array_interface__={"data": (address, False)})
         return replace(schedule, **placed)
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> int:
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...],
+                   box: tuple[int, ...]) -> tuple[int, ...]:
+        """The words of a map that a kernel has for parameters: where they lie."""
         if dtype not in ("bfloat16", "float16"):
             raise Finding("misaligned", f"tensor map of {dtype}: only 16-bit elements are modelled")
+        return self.add_map(TensorMap(address, sizes, strides, box))
+
+    def add_map(self, tensor_map: TensorMap) -> tuple[int, ...]:
         at = self.machine.memory.add("tensor map", np.zeros(MAP_BYTES, np.uint8))
-        self.maps[at] = TensorMap(address, sizes, strides, box)
-        return at
+        self.maps[at] = tensor_map
+        return tuple(range(at, at + MAP_BYTES, 8))
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
         if purpose not in self._workspaces:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from mla_numba.kernels.hopper_config import FIRST_MAP
 from verify.ptx_effects import Arrays, Effect
 
 from .device import EmulatedGpu
@@ -21,10 +22,10 @@ def run(effect: Effect, inputs: Arrays, seed: int) -> Arrays:
         address = machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in written)
         if name in effect.tensor_maps:
             given = effect.tensor_maps[name]
-            tensor_map = machine.memory.add(f"map of {name}", np.zeros(128, np.uint8))
-            gpu.maps[tensor_map] = TensorMap(address, given.sizes, given.strides, given.box)
-            address = tensor_map
-        arguments.append(address)
+            words = gpu.add_map(TensorMap(address, given.sizes, given.strides, given.box))
+            arguments.append((0,) * FIRST_MAP + words if effect.map_is_parameter else words[0])
+        else:
+            arguments.append(address)
     kernel = getattr(gpu.language.load("verify.ptx_kernels"), effect.make)(*effect.configuration)
     for launch in range(effect.num_launches):
         machine.launch(kernel, effect.name, (effect.num_blocks, 1, 1), effect.num_threads, effect.smem_bytes, 0, arguments,

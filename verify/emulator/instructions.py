@@ -404,6 +404,17 @@ class Instructions:
     def prefetch_tensormap(self, tensor_map: int) -> None:
         self._map(tensor_map)
 
+    def make_parameter_address(self, idx: int) -> Callable[[], int]:
+        """Of a tensor map's first word: where it lies. (No kernel asks for another one.)"""
+        def parameter_address() -> int:
+            words: list[Any] = []
+            for argument in self._machine.current.block.grid.arguments:
+                words += argument if isinstance(argument, tuple) else (argument,)
+            self._map(words[idx])
+            return int(words[idx])
+
+        return parameter_address
+
     def make_createpolicy(self, priority: str, fraction: float = 1.0) -> Callable[[], int]:
         if fraction != 1.0:
             raise NotImplementedError(f"createpolicy of a fraction of {fraction}: 1 is modelled")

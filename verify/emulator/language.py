@@ -233,6 +233,8 @@ class Language:
 
     def argument(self, kind: Any, value: Any) -> Any:
         """A kernel's argument, as its declared type makes it."""
+        if isinstance(value, tuple):
+            return value
         text = str(kind)
         if text == "float32":
             return np.float32(value)

@@ -142,14 +142,14 @@ MUTANTS = (
     Mutant("right side too far left", _LOAD, "row, i32(tile), kv_head", "row, i32(tile // u32(4) * u32(3)), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
     Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity ^= u32(1)\n", _EVEN_STEP),
-    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP, MAPS = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP, MAPS = 1, 2, 3, 3, 5, 6"),
+    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
     Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
     # Two thread blocks that load for each other.
     Mutant("other block's mbarriers not awaited", _DECODE, _CLUSTER_BEGINS, "            pass\n", cases=(TWO,),
-           also=(("            ptx.barrier_cluster_arrive_relaxed()\n        ptx.griddepcontrol_wait()",
-                  "            pass\n        ptx.griddepcontrol_wait()"),)),
-    Mutant("block ends while the other one needs it", _DECODE, _CLUSTER_ENDS, "            pass\n", cases=(TWO,)),
+           also=(("            ptx.barrier_cluster_arrive_relaxed()\n        ptx.griddepcontrol_launch",
+                  "            pass\n        ptx.griddepcontrol_launch"),)),
+    Mutant("block ends while the other one needs it", _DECODE, _CLUSTER_ENDS, "            pass\n", cases=((TWO[0], 4),)),
     Mutant("buffer freed for its own block's loads only", _DECODE, *_without(
         "                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))"), cases=(TWO,)),
     Mutant("buffer filled while the other block reads", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
