@@ -102,7 +102,7 @@ def decode_signature() -> types.Type:
 def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
     first_rows, prefetch_page_ids, produce = make_producer(config)
-    finish_piece, products, softmax = make_store(config), make_products(config), make_softmax(config)
+    (end_piece, store_piece), products, softmax = make_store(config), make_products(config), make_softmax(config)
     load_q8, store_p, pv_rmem, pv_smem = products.load_q8, products.store_p, products.pv_rmem, products.pv_smem
     qk_side, qk_block = products.qk_side, products.qk_block
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
@@ -316,6 +316,8 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
         if side == 0 and thread & u32(3) == 0:
             store_rows(row_smem + u32(MAX_SMEM), NO_SCORE, NO_SCORE)
+        # The 4 threads of a row, before the next piece reads what the first of them wrote.
+        cuda.syncwarp()
         return max_a, max_b
 
     @inline
@@ -351,9 +353,11 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                     parity = attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity)
                 else:
                     parity = attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity)
+            part = end_piece(regs, base, piece_words(base, parity), problem, partials)
+            if num_blocks > 0:
                 # The side, anew: kept over the steps it would cost a register that O needs.
                 max_a, max_b = exchange_sums(regs.sums_rmem, at.row_smem, thread, ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7))
-            finish_piece(regs, max_a, max_b, base, piece_words(base, parity), problem, results, partials)
+            store_piece(regs, part, max_a, max_b, piece_words(base, parity), problem, results)
             parity ^= u32(PIECE_BYTES)
 
     def hopper_decode(jobs, workers, starts, o_partial, state_partial, counters, _q_map, _left_map, _right_map, block_table,

@@ -6,6 +6,7 @@ in more pieces all leave theirs, and count the word up; hopper_merge waits for i
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Callable
 
 import numpy as np
@@ -41,26 +42,33 @@ i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 # Strips of another piece's O that are in flight while this one's are weighted.
 STRIPS_AT_ONCE = 8
 OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
+# A warp's part of a piece: whether it has the last word on its rows, and does not leave them in its slot; this thread's first row, and how
+# many the request has; where the warp's counter, O and state are, 0 if the piece is the whole job, or the warp has no row of it.
+Part = namedtuple("Part", "is_last row rows_of_request counter o state")
 # Of a pair's counter: both warps have claimed it, and the first has announced what it wrote.
 ANNOUNCED = 3
 
 
 def make_store(config: HopperConfig) -> Callable[..., None]:
-    """`finish_piece(regs, max_a, max_b, base, words, problem, results, partials)`, for the consumer warps."""
+    """(end_piece, store_piece), for the consumer warps, before and after the sums are exchanged."""
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
 
     @inline
-    def store_partial(regs, max_a, max_b, o_part, state_part, lane):
-        """A piece's O and state to its slot, as the registers hold them, not divided by the sums: 512 bytes of a warp side by side, 32
-        times (hopper_merge reads it so)."""
-        o_rmem = regs.o_rmem
+    def store_o(o_rmem, o_part, wanted):
+        """A piece's O to its slot, as the registers hold it, not divided by the sums: 512 bytes of a warp side by side, 32 times
+        (hopper_merge reads it so). Without `wanted` the same instructions store nothing."""
+        for i in range(STRIPS):
+            ptx.st_global_v4_f32_if(wanted, o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2],
+                                    o_rmem[4 * i + 3])
+
+    @inline
+    def store_state(state_part, max_a, max_b, sum_a, sum_b, lane):
+        """Maxima and sums of this thread's two rows."""
         if lane & u32(3) == 0:
             ptx.st_global_f32(state_part, max_a)
             ptx.st_global_f32(state_part + u64(NEXT_ROW), max_b)
-            ptx.st_global_f32(state_part + u64(SUMS_OFFSET), regs.sums_rmem[0])
-            ptx.st_global_f32(state_part + u64(SUMS_OFFSET + NEXT_ROW), regs.sums_rmem[1])
-        for i in range(STRIPS):
-            ptx.st_global_v4_f32(o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2], o_rmem[4 * i + 3])
+            ptx.st_global_f32(state_part + u64(SUMS_OFFSET), sum_a)
+            ptx.st_global_f32(state_part + u64(SUMS_OFFSET + NEXT_ROW), sum_b)
 
     @inline
     def claim(counter, lane):
@@ -161,68 +169,81 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return factor, lse2
 
     @inline
-    def finish_piece(regs, max_a, max_b, base, words, problem, results, partials):
-        """Free the piece's place, and store its rows: to the results, or to its slot of the workspace, if more pieces are to come."""
-        o_rmem, heads_per_kv = regs.o_rmem, problem.heads_per_kv
-        kv_head, num_kv_heads = i32(cuda.blockIdx.z), i32(cuda.gridDim.z)
+    def end_piece(regs, base, words, problem, partials):
+        """Free the piece's place. If its O goes to its slot, it is stored here, so that it is on its way while the sums are exchanged."""
         num_parts = ptx.ld_shared_i32(words + u32(PIECE_NUM_PARTS))
         # What follows from the thread's place, anew: kept over the steps it would cost registers that O needs.
         thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
         lane, warp, wg = thread_idx & u32(31), thread_idx >> u32(5), thread_idx >> u32(7)
         tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
-        # A rehearsal's job is in no parts: nothing of it is stored.
-        rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * heads_per_kv) if num_parts > 0 else i32(0)
+        rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         cuda.syncwarp()
         if lane == 0:
             # 8 consumer warps arrive, producer waits: this one is done with Q and P1. (The words stay until the piece after the next.)
             ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
-        is_split, is_last = num_parts > 1, True
-        factor_a, factor_b, lse2_a, lse2_b = f32(1), f32(1), MINUS_INFINITY, MINUS_INFINITY
-        if not is_split:
-            factor_a, lse2_a = whole_row(regs.sums_rmem[0], max_a)
-            factor_b, lse2_b = whole_row(regs.sums_rmem[1], max_b)
-        elif row - i32(lane >> u32(2)) < rows_of_request:
-            # The maximum of a row that sees nothing here must not count.
-            max_a = max_a if regs.sums_rmem[0] > f32(0) else MINUS_INFINITY
-            max_b = max_b if regs.sums_rmem[1] > f32(0) else MINUS_INFINITY
+        # A warp without rows goes to the end of a piece that may have to be merged here, and makes the code near for those that have some
+        # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
+        is_last = 0 < num_parts < MERGE_LEAST_PARTS
+        counter, o_part, state_part = u64(0), u64(0), u64(0)
+        # A rehearsal's job is in no parts: it stores nothing, in as many instructions.
+        is_rehearsal = num_parts == 0
+        if is_rehearsal or (num_parts > 1 and row - i32(lane >> u32(2)) < rows_of_request):
             # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows' maxima and sums.
-            step, split = u64(num_kv_heads) * u64(cuda.gridDim.x), ptx.ld_shared_i32(words + u32(PIECE_SPLIT))
-            first_part = (u64(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step + u64(kv_head) * u64(cuda.gridDim.x)
+            step, split = u64(cuda.gridDim.z) * u64(cuda.gridDim.x), ptx.ld_shared_i32(words + u32(PIECE_SPLIT))
+            first_part = (u64(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step + u64(cuda.blockIdx.z) * u64(cuda.gridDim.x)
                           + u64(cuda.blockIdx.x))
             part = first_part + u64(split) * step
             counter = partials.counters + (first_part * u64(NUM_WARPS) + u64(warp)) * u64(4)
             o_part = partials.o + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
             state_part = partials.states + (part * u64(2) + u64(wg)) * u64(STATE_BYTES) + u64(tile_row * u32(4))
-            if num_parts >= MERGE_LEAST_PARTS:
-                store_partial(regs, max_a, max_b, o_part, state_part, lane)
-                announce(counter, lane)
-                is_last = False
-            else:
-                is_second = split == 1
-                if claim(counter, lane) == 0:
-                    store_partial(regs, max_a, max_b, o_part, state_part, lane)
-                    announce(counter, lane)
-                    is_last = False
-                else:
-                    await_announced(counter, lane)
-                    other = part - step if is_second else part + step
-                    other_o = partials.o + (other * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
-                    other_state = partials.states + (other * u64(2) + u64(wg)) * u64(STATE_BYTES) + u64(tile_row * u32(4))
-                    other_sums = other_state + u64(SUMS_OFFSET)
-                    weight_a, other_weight_a, lse2_a = pair_weights(
-                        max_a, regs.sums_rmem[0], ptx.ld_global_f32(other_state), ptx.ld_global_f32(other_sums), is_second)
-                    weight_b, other_weight_b, lse2_b = pair_weights(
-                        max_b, regs.sums_rmem[1], ptx.ld_global_f32(other_state + u64(NEXT_ROW)),
-                        ptx.ld_global_f32(other_sums + u64(NEXT_ROW)), is_second)
-                    other_rmem = cuda.local.array(OTHER_REGISTERS, types.float32)
-                    for i in range(0, STRIPS, STRIPS_AT_ONCE):
-                        for k in range(STRIPS_AT_ONCE):
-                            ptx.ld_global_v4_f32(other_rmem, 4 * k, other_o + u64((i + k) * STRIP_BYTES))
-                        add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
-                        add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
-        if is_last:
-            finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
-            finish_row(o_rmem, 1, factor_b, lse2_b, i32(row + 8), words, wg, lane, rows_of_request, kv_head, heads_per_kv, results)
+            is_last = is_last and claim(counter, lane) > 0
+            if not is_last:
+                store_o(regs.o_rmem, o_part, u32(num_parts))
+            counter = u64(0) if is_rehearsal else counter
+        return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 
-    return finish_piece
+    @inline
+    def store_piece(regs, part, max_a, max_b, words, problem, results):
+        """The piece's rows: to the results, or to its slot of the workspace, if more pieces are to come."""
+        o_rmem, heads_per_kv = regs.o_rmem, problem.heads_per_kv
+        kv_head = i32(cuda.blockIdx.z)
+        thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
+        lane, wg = thread_idx & u32(31), thread_idx >> u32(7)
+        # The maximum of a row that sees nothing here must not count.
+        if part.counter != u64(0):
+            max_a = max_a if regs.sums_rmem[0] > f32(0) else MINUS_INFINITY
+            max_b = max_b if regs.sums_rmem[1] > f32(0) else MINUS_INFINITY
+        if part.is_last:
+            if part.counter == u64(0):
+                factor_a, lse2_a = whole_row(regs.sums_rmem[0], max_a)
+                factor_b, lse2_b = whole_row(regs.sums_rmem[1], max_b)
+            else:
+                factor_a, factor_b = f32(1), f32(1)
+                await_announced(part.counter, lane)
+                # The other piece's slot is the next one, or the one before.
+                is_second = ptx.ld_shared_i32(words + u32(PIECE_SPLIT)) == 1
+                step = i64(cuda.gridDim.z) * i64(cuda.gridDim.x)
+                distance = i64(-step) if is_second else step
+                other_o = u64(i64(part.o) + distance * i64(NUM_WARPS * WARP_PART_BYTES))
+                other_state = u64(i64(part.state) + distance * i64(2 * STATE_BYTES))
+                other_sums = other_state + u64(SUMS_OFFSET)
+                weight_a, other_weight_a, lse2_a = pair_weights(
+                    max_a, regs.sums_rmem[0], ptx.ld_global_f32(other_state), ptx.ld_global_f32(other_sums), is_second)
+                weight_b, other_weight_b, lse2_b = pair_weights(
+                    max_b, regs.sums_rmem[1], ptx.ld_global_f32(other_state + u64(NEXT_ROW)),
+                    ptx.ld_global_f32(other_sums + u64(NEXT_ROW)), is_second)
+                other_rmem = cuda.local.array(OTHER_REGISTERS, types.float32)
+                for i in range(0, STRIPS, STRIPS_AT_ONCE):
+                    for k in range(STRIPS_AT_ONCE):
+                        ptx.ld_global_v4_f32(other_rmem, 4 * k, other_o + u64((i + k) * STRIP_BYTES))
+                    add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
+                    add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
+            row, rows = part.row, part.rows_of_request
+            finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows, kv_head, heads_per_kv, results)
+            finish_row(o_rmem, 1, factor_b, lse2_b, i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, results)
+        elif part.counter != u64(0):
+            store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
+            announce(part.counter, lane)
+
+    return end_piece, store_piece

@@ -78,11 +78,12 @@ _MAX0_ARRIVES = ("        pack(p_rmem, s_rmem, f32(1), f32(1))\n"
                  "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
                  "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
 _MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
+_MAX_ANEW = "        # The 4 threads of a row, before the next piece reads what the first of them wrote.\n"
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
-_ANNOUNCED = "                announce(counter, lane)\n                is_last = False\n            else:\n"
-_MANY_PARTS = "            if num_parts >= MERGE_LEAST_PARTS:\n"
+_ANNOUNCED = "            announce(part.counter, lane)\n"
+_O_STORED = "                store_o(regs.o_rmem, o_part, u32(num_parts))\n"
 _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's mbarriers are there, too.\n"
                    "            ptx.barrier_cluster_wait()\n")
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
@@ -128,6 +129,8 @@ MUTANTS = (
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
     Mutant("maximum begun anew before it is read", _DECODE, "        # Both warpgroups arrive and wait: the maximum has been read.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
+    Mutant("maximum begun anew by one of a row's threads", _DECODE, _MAX_ANEW + "        cuda.syncwarp()\n", _MAX_ANEW,
+           cases=((MLACase(seq_lens=(70, 130), num_heads_q=16), 1),)),
     Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
@@ -175,13 +178,15 @@ MUTANTS = (
     Mutant("collective in one lane", _STORE, _CLAIM + "        return u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))",
            _CLAIM + "            before = u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))\n        return before", cases=(PAIR,)),
     # Between thread blocks and grids.
-    Mutant("pair announced before it is stored", _STORE, "                    announce(counter, lane)\n", "", cases=(PAIR,),
-           also=(("claim(counter, lane) == 0:\n", "claim(counter, lane) == 0:\n                    announce(counter, lane)\n"),)),
+    Mutant("pair announced before it is stored", _STORE, _ANNOUNCED, "            pass\n", cases=(PAIR,),
+           also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
-    Mutant("rehearsal stores what it made", _STORE, " if num_parts > 0 else i32(0)", "", cases=(IDLE,)),
-    Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, _ANNOUNCED.partition("\n")[2], cases=(MANY,),
-           also=((_MANY_PARTS, _MANY_PARTS + "                announce(counter, lane)\n"),)),
+    Mutant("rehearsal stores what it made", _STORE, "store_o(regs.o_rmem, o_part, u32(num_parts))", "store_o(regs.o_rmem, o_part, u32(1))",
+           cases=((MANY[0], 7),)),
+    Mutant("rehearsal counts as a part", _STORE, "            counter = u64(0) if is_rehearsal else counter\n", "", cases=(IDLE,)),
+    Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, "            pass\n", cases=(MANY,),
+           also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
     Mutant("parts merged before they are there", _MERGE, "while not are_there(counter, num_parts):", "while False:", cases=(MANY,)),
     Mutant("one part too few awaited", _MERGE, ">= num_parts\n", ">= num_parts - u32(1)\n", cases=(MANY,)),
     Mutant("parts' counter left as it is", _MERGE, *_without("                    ptx.red_inc_u32(counter, u32(num_parts + num_shares "
