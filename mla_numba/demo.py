@@ -26,7 +26,7 @@ from numba.cuda import config as numba_cuda_config
 
 from . import __version__
 from .api import mla_decode, plan_decode
-from .config import ceil_div
+from .config import DecodeShape, ceil_div
 from .contract import BACKENDS, DTYPES, HEAD_DIM_LATENT, HEAD_DIM_QK, HEAD_DIM_ROPE, HEAD_DIM_V
 from .dispatch import choose_backend, unavailable
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
@@ -156,10 +156,13 @@ def _gpu() -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    backend = choose_backend(args.backend, None, None)
     batch = load_batches()[args.batch]
     if args.lens is not None:
         batch = Batch("--lens", "", args.lens, [[]] * len(args.lens))
+    size = len(batch.seq_lens)
+    shape = DecodeShape(size, args.seq_len_q, size * args.seq_len_q, args.heads, 1, HEAD_DIM_QK, HEAD_DIM_V, args.page_size, args.dtype,
+                        causal=True, batch_invariant=False)
+    backend = choose_backend(args.backend, shape, None)
     rng = np.random.default_rng(args.seed)
     block_table, num_pages = _block_table(batch, args.page_size, rng)
     _report_batch(batch, args, num_pages)

@@ -87,6 +87,13 @@ def test_demo_options(options, capsys):
     assert "right: " in capsys.readouterr().out
 
 
+def test_demo_takes_a_backend_that_can_run_the_call(capsys, monkeypatch):
+    """Not the first one of the machine."""
+    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name: ["not today"] if name == "simt" else [])
+    assert demo.main([*SMALL, "--dtype", "float32"]) == 0
+    assert "a decode on cpu" in capsys.readouterr().out
+
+
 def test_demo_says_so_when_the_result_is_wrong(capsys, monkeypatch):
     right = demo.mla_decode
 
