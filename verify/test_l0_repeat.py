@@ -235,6 +235,31 @@ def test_the_current_stream_is_asked_for_each_time(run):
     assert run.validated == 1
 
 
+def test_counters_are_cleared_after_a_call_that_ended_between_its_launches(run):
+    run()
+    first_launch, results = run.driver.cuLaunchKernelEx, iter([0, KeyboardInterrupt])
+    cleared = []
+
+    def launch(*arguments):
+        if next(results) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return first_launch(*arguments)
+
+    run.driver.cuLaunchKernelEx = launch
+    run.driver.cuMemsetD32Async = lambda *arguments: cleared.append((len(run.driver.launches), *arguments)) or (0,)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run.driver.cuLaunchKernelEx = first_launch
+    for _ in range(2):
+        run.driver.launches.clear()
+        _, launches, _ = run()
+        assert len(launches) == 2
+    # Once, before the launches; where the merge has its counters, and all of them.
+    ((num_launched, address, value, num_words, stream),) = cleared
+    counters = launches[1][4][4]
+    assert (num_launched, address, value, int(stream)) == (0, counters, 0, 0) and num_words >= 2 * _BATCH
+
+
 def test_the_device_is_current_at_each_launch(run):
     run()
     run.driver.current = 99

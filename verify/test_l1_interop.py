@@ -6,6 +6,7 @@ import pytest
 from numba import cuda
 
 from mla_numba import flash_mla, merge_states, mla_decode, plan_decode
+from mla_numba.dispatch import unavailable
 from verify.checks import assert_within
 from verify.tolerances import decode_bounds, merge_bounds
 
@@ -139,3 +140,28 @@ def test_values_are_checked_on_the_callers_stream():
         torch.cuda._sleep(200_000_000)
         late.copy_(tensors["seq_lens"])
         mla_decode(**{**tensors, "seq_lens": late}, check_values=True)
+
+
+@pytest.mark.skipif(bool(unavailable("hopper")), reason="; ".join(unavailable("hopper")))
+def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
+    """As by Ctrl-C: the decode has counted its parts up, and no merge takes them back."""
+    from mla_numba.host.gpu import Gpu
+
+    to_device, to_host = _LIBRARIES["numba"]
+    arrays = {name: to_device(array) for name, array in _inputs().items()}
+    plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2, backend="hopper")
+    right = [to_host(result) for result in mla_decode(**arrays, plan=plan)]
+    launch = Gpu.launch
+
+    def without_merge(gpu, spec, *arguments):
+        if spec.module == "hopper_merge":
+            raise KeyboardInterrupt
+        launch(gpu, spec, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Gpu, "launch", without_merge)
+        with pytest.raises(KeyboardInterrupt):
+            mla_decode(**arrays, plan=plan)
+    for _ in range(2):
+        for result, expected in zip(mla_decode(**arrays, plan=plan), right, strict=True):
+            np.testing.assert_array_equal(to_host(result), expected)

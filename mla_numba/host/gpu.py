@@ -10,7 +10,7 @@ from numba import cuda
 from numba.cuda import types
 
 from ..config import ceil_div
-from .cubin import load_kernel
+from .cubin import checked, load_kernel
 from .launch import KernelSpec, Strided, configured, numba_stream
 from .tensor_map import encode
 
@@ -113,6 +113,11 @@ class Gpu:
         num_blocks = min(1024, ceil_div(int(np.prod(source.shape)), 256))
         with self._numba:
             configured(_copy_kernel(), num_blocks, 256, numba_stream(stream))(_array(destination), _array(source))
+
+    def clear(self, address: int, num_words: int, stream: int) -> None:
+        """Make words of 32 bits 0, in the order of the stream."""
+        with self._numba:
+            checked((*driver.cuMemsetD32Async(address, 0, num_words, driver.CUstream(stream)), None), "cuMemsetD32Async")
 
 
 def _current_context() -> int:

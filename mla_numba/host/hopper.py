@@ -106,6 +106,8 @@ class Device(Protocol):
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None: ...
 
+    def clear(self, address: int, num_words: int, stream: int) -> None: ...
+
 
 @cache
 def decode_spec(dtype: str, page_size: int, row_tiles: int) -> KernelSpec:
@@ -127,6 +129,9 @@ def merge_spec(dtype: str) -> KernelSpec:
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
+# Of calls that ended between the two (an error, an interrupt): how many counters, by their address. What their decode counted up no merge
+# took back; the next one would take parts for there that are not.
+_unfinished: dict[int, int] = {}
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -219,6 +224,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
     q_map, kv_maps = _q_map(shape, q, device), _kv_maps(shape, kv_cache, row_tiles, device)
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
+    # A word for each 16 rows and half of the columns, 0 between launches.
+    num_counters = rows // 16 * 2
     kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size, row_tiles), merge_spec(shape.dtype)
     # A job's rows are those of a request, or as many as its tiles have.
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
@@ -237,8 +244,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     def workspaces(stream: int) -> tuple[int, int, int]:
         # O, and maximum and sum once for each half of the columns.
         o_partial = device.workspace(rows * (HEAD_DIM_V + 4), stream, "partials")
-        # A word for each 16 rows and half of the columns, 0 between launches.
-        return o_partial, o_partial + rows * HEAD_DIM_V * 4, device.workspace(rows // 16 * 2, stream, "counters")
+        return o_partial, o_partial + rows * HEAD_DIM_V * 4, device.workspace(num_counters, stream, "counters")
 
     def launch(schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None:
         tables = schedule.addresses
@@ -250,11 +256,15 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
             maps = (q_map(q, stream), *kv_maps(kv_cache))
+            if counters in _unfinished:
+                device.clear(counters, _unfinished[counters], stream)
+            _unfinished[counters] = num_counters
             device.launch(kernel, grid, stream, tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
                           *maps, block_table, *table_words, kv_cache, *cache_words, *results, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
                               *results, *merge_words)
+            del _unfinished[counters]
             if copies_out:
                 five = (*out_shape[:3], 1, HEAD_DIM_V)
                 device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*strides, 0, 2)), stream)
