@@ -76,6 +76,7 @@ class Gpu:
         with self._numba:
             self._context = _current_context()
         self._kernels: dict[KernelSpec, _Kernel] = {}
+        self.unfinished: dict[int, int] = {}
         # Memory per (stream, purpose), grown as needed: its floats, its address, its owner. A former, smaller one may be in a captured
         # graph: it is kept.
         self._memory: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}

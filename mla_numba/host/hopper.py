@@ -96,6 +96,9 @@ class Device(Protocol):
     """What `decode` needs of a GPU: `gpu.Gpu`, or the emulator of verify/emulator."""
 
     num_sms: int
+    # Of calls that ended between their two launches (an error, an interrupt): how many counters, by their address. What their decode
+    # counted up no merge took back; the next one would take parts for there that are not.
+    unfinished: dict[int, int]
 
     def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
         """As a kernel takes it for a parameter."""
@@ -129,9 +132,6 @@ def merge_spec(dtype: str) -> KernelSpec:
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
-# Of calls that ended between the two (an error, an interrupt): how many counters, by their address. What their decode counted up no merge
-# took back; the next one would take parts for there that are not.
-_unfinished: dict[int, int] = {}
 
 
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -256,15 +256,15 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
                 written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
             results = (written, *strides, lse, *lse_strides)
             maps = (q_map(q, stream), *kv_maps(kv_cache))
-            if counters in _unfinished:
-                device.clear(counters, _unfinished[counters], stream)
-            _unfinished[counters] = num_counters
+            if counters in device.unfinished:
+                device.clear(counters, device.unfinished[counters], stream)
+            device.unfinished[counters] = num_counters
             device.launch(kernel, grid, stream, tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
                           *maps, block_table, *table_words, kv_cache, *cache_words, *results, *words)
             if num_slots > 0:
                 device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
                               *results, *merge_words)
-            del _unfinished[counters]
+            del device.unfinished[counters]
             if copies_out:
                 five = (*out_shape[:3], 1, HEAD_DIM_V)
                 device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*strides, 0, 2)), stream)

@@ -45,6 +45,7 @@ class EmulatedGpu:
         self.maps: dict[int, TensorMap] = {}
         self.ptx = Instructions(self.machine, self.maps)
         self.language = Language(self.machine, self.ptx, edits)
+        self.unfinished: dict[int, int] = {}
         self._workspaces: dict[str, np.ndarray] = {}
         self._addresses: dict[str, int] = {}
         self._copies: list[tuple[Strided, Strided]] = []
