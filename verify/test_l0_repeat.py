@@ -143,7 +143,8 @@ class _Run:
             gpus=[_Machine(self.driver)],
             to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
         monkeypatch.setattr(gpu, "load_kernel", lambda spec, device_idx: spec)
-        monkeypatch.setattr(gpu, "encode", lambda *key: hash(key).to_bytes(128, "little", signed=True))
+        self.encoded: list[tuple] = []
+        monkeypatch.setattr(gpu, "encode", lambda *key: self.encoded.append(key) or hash(key).to_bytes(128, "little", signed=True))
         device = gpu.Gpu(0)
         self.copies = []
         monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))
@@ -224,6 +225,15 @@ def test_layers_and_steps_of_one_shape_share_what_is_prepared(run):
     validated = run.validated
     _, *launched = run(run.library.inputs(base=64 * _MB), plan=later)
     assert run.validated == validated and launched == expected
+
+
+def test_tensor_maps_are_made_once_whoever_prepares_the_call(run):
+    run()
+    assert len(run.encoded) == 3
+    run.as_the_first(run.library.inputs())
+    assert len(run.encoded) == 3
+    run.as_the_first(run.library.inputs(base=64 * _MB))
+    assert len(run.encoded) == 6
 
 
 def test_the_current_stream_is_asked_for_each_time(run):

@@ -1,7 +1,7 @@
 """What the `hopper` backend needs of a GPU: kernels launched by packed arguments, memory that is kept, tensor maps, strided copies."""
 
 import struct
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ _LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
 # Launch configurations kept for each kernel.
 _MAX_CONFIGS = 256
+# Tensor maps kept: some for each layer's cache, which calls of all shapes share.
+_MAX_MAPS = 4096
 
 
 def formats(signature: Any) -> str:
@@ -77,11 +79,13 @@ class Gpu:
             self._context = _current_context()
         self._kernels: dict[KernelSpec, _Kernel] = {}
         self.unfinished: dict[int, int] = {}
+        # A map follows from what it is made of: a kept one is never wrong, whatever now lies at its address.
+        self.tensor_map = lru_cache(maxsize=_MAX_MAPS)(self._encode)
         # Memory per (stream, purpose), grown as needed: its floats, its address, its owner. A former, smaller one may be in a captured
         # graph: it is kept.
         self._memory: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    def _encode(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         with self._numba:
             return encode(dtype, address, sizes, strides, box)
 

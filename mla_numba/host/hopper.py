@@ -25,7 +25,7 @@ _OVERHEAD_BLOCKS = 5
 _MIN_SPLIT_BLOCKS = 2
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
-# Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone.
+# Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.
 _MAX_KEPT = 256
 # ex2.approx flushes smaller ones, and 0 times the infinity that hides a token would be no number.
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
@@ -233,7 +233,8 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_blocks = max(1, min(merge_rows * num_kv_heads * row_groups * ITEMS_PER_GROUP, BLOCKS_PER_SM * device.num_sms))
     grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_blocks, 1, 1)
-    table_words, cache_words = (*block_table.strides, *reversed(block_table.shape)), (*kv_cache.strides[:3], kv_cache.shape[0])
+    num_requests, max_pages = block_table.shape
+    table_words, cache_words = (*block_table.strides, max_pages, num_requests), (*kv_cache.strides[:3], kv_cache.shape[0])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
     merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2

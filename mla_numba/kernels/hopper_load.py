@@ -235,8 +235,8 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def prefetch_page_ids(tables, lane):
-        """Bring to L2 what this worker will ask the block table for, if all requests are alike; somebody asks for it otherwise. By an idle
-        warp: the producer waits for its rows meanwhile (0.5 us less of 20, H100)."""
+        """Bring to L2 what this worker will ask the block table for if all requests are alike. (If not, its neighbours may.) By an idle
+        warp, while the producer waits for its rows: 0 to 0.8 us less of 18 to 31 (H100)."""
         request = u32(u32(cuda.blockIdx.y) * u32(tables.num_requests)) // u32(cuda.gridDim.y)
         entry = i32(lane * i32(WINDOW))
         if entry < tables.max_pages:

@@ -408,11 +408,9 @@ class Instructions:
     def make_parameter_address(self, idx: int) -> Callable[[], int]:
         """Of a tensor map's first word: where it lies. (No kernel asks for another one.)"""
         def parameter_address() -> int:
-            words: list[Any] = []
-            for argument in self._machine.current.block.grid.arguments:
-                words += argument if isinstance(argument, tuple) else (argument,)
-            self._map(words[idx])
-            return int(words[idx])
+            address = int(self._machine.current.block.grid.parameters[idx])
+            self._map(address)
+            return address
 
         return parameter_address
 

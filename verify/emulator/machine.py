@@ -192,6 +192,8 @@ class Grid:
         self.kernel, self.name, self.shape, self.num_threads = kernel, name, shape, num_threads
         self.smem_bytes, self.static_smem, self.arguments, self.programmatic = smem_bytes, static_smem, arguments, programmatic
         self.number, self.cluster_size, self.copies = number, cluster_size, copies
+        # As the kernel's parameters are counted: each element of a tuple is one.
+        self.parameters = [word for argument in arguments for word in (argument if isinstance(argument, tuple) else (argument,))]
         # The first blocks of clusters, which lie along x.
         self.to_start = [(x, y, z) for z in range(shape[2]) for y in range(shape[1]) for x in range(0, shape[0], cluster_size)]
         machine.rng.shuffle(self.to_start)
