@@ -120,7 +120,19 @@ def test_arguments_are_packed_as_the_kernels_read_them():
     assert (0x210 + 8 * hopper_config.FIRST_MAP) % 64 == 0
 
 
-def test_boxes_are_pages_or_parts_of_them():
+def test_boxes_are_of_a_block_or_of_an_atom_of_a_page():
     configs = {size: hopper_config.HopperConfig("bfloat16", size, 1) for size in (8, 16, 32, 64, 128, 256)}
     boxes = {size: (config.box_rows, config.pages_per_block) for size, config in configs.items()}
-    assert boxes == {8: (8, 8), 16: (16, 4), 32: (32, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}
+    assert boxes == {8: (8, 8), 16: (8, 4), 32: (8, 2), 64: (64, 1), 128: (64, 1), 256: (64, 1)}
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128])
+def test_boxes_of_a_side_fill_its_place(page_size):
+    """Every atom of every tile of a side has a place of its own, and a box's are one behind the other."""
+    config = hopper_config.HopperConfig("bfloat16", page_size, 1)
+    atoms_of_box = config.box_rows // hopper_config.ATOM_ROWS
+    for side, tiles in enumerate(hopper_config.SIDE_TILES):
+        places = [tile * config.next_tile_bytes + atom * config.next_atom_bytes(side)
+                  for box in range(hopper_config.BLOCK_N // config.box_rows) for tile in range(tiles)
+                  for atom in range(box * atoms_of_box, (box + 1) * atoms_of_box)]
+        assert places == list(range(0, tiles * hopper_config.TILE_BYTES, hopper_config.ATOM_BYTES))

@@ -140,8 +140,10 @@ def test_wgmma(n, dtype, a_in_registers, b_transposed):
 
 def test_descriptors():
     """PTX ISA 9.7.15.5.1.2: leading offset / 16 in bits 16-29, stride offset / 16 in bits 32-45, swizzle 128 B = 1 in bits 62-63."""
-    for descriptor, leading in ((ptx.DESCRIPTOR_K_MAJOR, 1), (ptx.DESCRIPTOR_MN_MAJOR, 8192 // 16)):
+    descriptors = ((ptx.DESCRIPTOR_K_MAJOR, 1, 64), (ptx.DESCRIPTOR_MN_MAJOR, 8192 // 16, 64),
+                   (ptx.matrix_descriptor(5120, 1024), 1024 // 16, 5120 // 16))
+    for descriptor, leading, stride in descriptors:
         assert descriptor >> 62 == 1
-        assert descriptor >> 32 & 0x3FFF == 1024 // 16
+        assert descriptor >> 32 & 0x3FFF == stride
         assert descriptor >> 16 & 0x3FFF == leading
         assert descriptor & 0x3FFF == 0

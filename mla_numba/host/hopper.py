@@ -177,7 +177,7 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int,
 
 def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: Device) -> Callable[[int], tuple[Any, Any]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
-    or the two halves of a right side, or a tile of a page's tokens, if pages are smaller."""
+    or the two halves of a right side; of eight tokens, if pages are smaller than a block."""
     from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
@@ -189,7 +189,7 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: 
     strides = (token_stride or 16, 2 * TILE_COLUMNS, head_stride or 16, page_stride or 16)
     config = HopperConfig(shape.dtype, shape.page_size, row_tiles)
     box_tiles = SIDE_TILES if config.cluster_size == 1 else (HALF_TILES, SIDE_TILES[1] - HALF_TILES)
-    left, right = ((TILE_COLUMNS, config.box_rows, tiles if config.pages_per_block == 1 else 1, 1, 1) for tiles in box_tiles)
+    left, right = ((TILE_COLUMNS, config.box_rows, tiles, 1, 1) for tiles in box_tiles)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def tensor_maps(address: int) -> tuple[Any, Any]:

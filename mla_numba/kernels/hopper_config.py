@@ -33,6 +33,9 @@ BLOCK_M = 64                            # query rows of a thread block: the M of
 BLOCK_N = 64                            # tokens of a step: rows of a tile
 TILE_COLUMNS = 64                       # 128 bytes of 16-bit elements: the width of the swizzle
 TILE_BYTES = 64 * 128
+# The swizzle's atom: rows of a tile that lie together whatever the page size.
+ATOM_ROWS = 8
+ATOM_BYTES = ATOM_ROWS * 128
 NUM_TILES = HEAD_DIM_QK // TILE_COLUMNS     # of Q and of a block of K: 9, of which 8 are V
 # A block's sides: tiles read last by warpgroup 0, and those read last by warpgroup 1.
 LEFT_TILES = HEAD_DIM_V // TILE_COLUMNS // 2
@@ -140,13 +143,27 @@ class HopperConfig:
         return self.row_tiles == self.cluster_size
 
     @property
-    def box_rows(self) -> int:
-        """Tokens of a TMA box: a page, or a block's part of it."""
+    def page_rows(self) -> int:
+        """Tokens of a block in one page."""
         return min(self.page_size, BLOCK_N)
 
     @property
     def pages_per_block(self) -> int:
-        return BLOCK_N // self.box_rows
+        return BLOCK_N // self.page_rows
+
+    @property
+    def box_rows(self) -> int:
+        """Tokens of a TMA box, which has all tiles of a side: a block's, or, as smaller pages lie anywhere, an atom's."""
+        return BLOCK_N if self.pages_per_block == 1 else ATOM_ROWS
+
+    @property
+    def next_tile_bytes(self) -> int:
+        """From a tile of a side of K to the next one: boxes lie one after another, and in each its tiles."""
+        return self.box_rows * 128
+
+    def next_atom_bytes(self, side: int) -> int:
+        """From 8 rows of a tile of K to the next ones."""
+        return ATOM_BYTES if self.pages_per_block == 1 else SIDE_TILES[side] * ATOM_BYTES
 
 
 def inline(function: Callable[..., Any]) -> Any:

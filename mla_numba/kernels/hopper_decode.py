@@ -161,7 +161,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         # O_left += P0 V0.
         o_fence(o_rmem)
         p_fence(p_rmem)
-        pv_rmem(o_rmem, p_rmem, k0_smem)
+        pv_rmem(o_rmem, p_rmem, k0_smem, 0)
         wait_all()
         o_fence(o_rmem)
         p_fence(p_rmem)
@@ -184,7 +184,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             sums_rmem[0] *= scale_a
             sums_rmem[1] *= scale_b
             o_fence(o_rmem)
-            pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem)
+            pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem, 0)
 
         # S of the next even block.
         if has_next:
@@ -239,13 +239,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             pack(p_rmem, s_rmem, f32(1), f32(1))
             o_fence(o_rmem)
             p_fence(p_rmem)
-            pv_rmem(o_rmem, p_rmem, v1_smem)
+            pv_rmem(o_rmem, p_rmem, v1_smem, 1)
             store_p(p_rmem, base + u32(P1_SMEM), at)
         else:
             o_fence(o_rmem)
         # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.
         ptx.bar_sync(u32(P0_STORED), u32(NUM_CONSUMERS))
-        pv_smem(o_rmem, base + u32(P0_SMEM), v0_smem)
+        pv_smem(o_rmem, base + u32(P0_SMEM), v0_smem, 1)
         if has_odd:
             # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.
             ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))

@@ -81,9 +81,10 @@ def column(row, idx):
 def make_producer(config: HopperConfig) -> Callable[..., None]:
     """(first_rows, prefetch_page_ids, produce), for all warps, an idle one, and the producer's. That has few registers: numbers are kept to
     32 bits, where Numba would make 64 of a sum, and of a row of a table every lane holds a column."""
-    PAGE_SIZE, BOX_ROWS, PAGES_PER_BLOCK = config.page_size, config.box_rows, config.pages_per_block
+    PAGE_SIZE, PAGE_ROWS, PAGES_PER_BLOCK = config.page_size, config.page_rows, config.pages_per_block
     BLOCKS_PER_PAGE = max(PAGE_SIZE // BLOCK_N, 1)
-    BOX_BYTES = BOX_ROWS * 128
+    BOX_ROWS, NEXT_TILE, NEXT_BOX = config.box_rows, config.next_tile_bytes, tuple(config.next_atom_bytes(side) for side in range(2))
+    BOXES, BOXES_PER_PAGE = BLOCK_N // BOX_ROWS, PAGE_ROWS // BOX_ROWS
     # What leaves first makes room for what comes: read by others too, it would be gone before they ask.
     L2_POLICY = u64(ptx.EVICT_FIRST if config.is_read_once else ptx.EVICT_NORMAL)
     CLUSTER_SIZE, PREFETCHES = config.cluster_size, config.prefetches
@@ -119,7 +120,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def page_of_lane(pages, block, lane):
-        """Page of box `lane` of a block, which is in one of the two windows."""
+        """Page `lane` of a block's, which is in one of the two windows."""
         entry = i32(first_page(i32(block)) - pages.first)
         return cuda.shfl_sync(0xFFFFFFFF, pages.window if entry < WINDOW else pages.next_window, i32(entry + lane) & i32(WINDOW - 1))
 
@@ -140,32 +141,24 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         # 4 warps of warpgroup `side` arrived, of each block that shares it; the phase before the use's own.
         ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))
         cuda.syncwarp()
-        # Each of the first lanes loads a box, of a page of its own.
-        page, row = page_of_lane(pages, block, lane), first_row(block)
+        # Each of the first lanes loads a box, of this page, from this row of it on.
+        page, row = page_of_lane(pages, block, i32(u32(lane) // u32(BOXES_PER_PAGE))), first_row(block)
+        if BOXES_PER_PAGE > 1:
+            row = i32(u32(lane) % u32(BOXES_PER_PAGE) * u32(BOX_ROWS))
         full = base + u32(FULL_SMEM + (buffer * 2 + side) * 8)
-        first, num_tiles = u32(0), u32(SIDE_TILES[side])
+        first = u32(0)
         kv_map = maps.left if side == 0 else maps.right
         if CLUSTER_SIZE > 1:
             first = ptx.cluster_ctarank() * u32(HALF_TILES)
             # Boxes of 2 and of 3 tiles.
             kv_map = maps.right if side == 1 and first > u32(0) else maps.left
-            num_tiles = u32(SIDE_TILES[side] - HALF_TILES) if first > u32(0) else u32(HALF_TILES)
         tile = first + u32(SIDE_BEGIN[side])
-        place = base + u32(K0_SMEM + buffer * NUM_TILES * TILE_BYTES) + tile * u32(TILE_BYTES)
+        place = base + u32(K0_SMEM + (buffer * NUM_TILES + SIDE_BEGIN[side]) * TILE_BYTES) + first * u32(NEXT_TILE)
         if lane == 0:
             # The only arrival; the phase completes with the side's last byte.
             ptx.mbarrier_arrive_expect_tx(full, u32(SIDE_TILES[side] * TILE_BYTES))
-        if PAGES_PER_BLOCK == 1:
-            if lane == 0:
-                load_box(place, kv_map, full, row, i32(tile), kv_head, page)
-        else:
-            # Boxes of a tile and a page. A loop that stays one: its counter is opaque. Unrolled, its addresses would cost registers.
-            idx = u32(0)
-            while idx < num_tiles:
-                ptx.nounroll()
-                if lane < PAGES_PER_BLOCK:
-                    load_box(place + idx * u32(TILE_BYTES) + u32(lane) * u32(BOX_BYTES), kv_map, full, row, i32(tile + idx), kv_head, page)
-                idx = ptx.opaque_b32(idx + u32(1))
+        if u32(lane) < u32(BOXES):
+            load_box(place + u32(lane) * u32(NEXT_BOX[side]), kv_map, full, row, i32(tile), kv_head, page)
 
     @inline
     def prefetch(cache, kv_head, block, end_block, pages, lane):
@@ -173,10 +166,10 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         while block < end_block:
             ptx.nounroll()
             token = i32(tile_idx() * i32(BLOCK_N // 2) + lane)
-            page = page_of_lane(pages, block, i32(u32(token) // u32(BOX_ROWS)))
+            page = page_of_lane(pages, block, i32(u32(token) // u32(PAGE_ROWS)))
             # Whatever id is in the block table.
             if u32(page) < u32(cache.num_pages) and tile_idx() < 2:
-                row = i32(first_row(block) + i32(u32(token) % u32(BOX_ROWS)))
+                row = i32(first_row(block) + i32(u32(token) % u32(PAGE_ROWS)))
                 address = cache.address + u64(page * cache.page_stride + row * cache.token_stride + kv_head * cache.head_stride)
                 for tile in range(NUM_TILES):
                     ptx.prefetch_global_l2(address + u64(tile * 2 * TILE_COLUMNS))

@@ -11,7 +11,6 @@ from .hopper_config import (
     K1_SMEM,
     K_STEPS,
     LEFT_TILES,
-    NUM_TILES,
     P1_SMEM,
     Q_SMEM,
     SIDE_BEGIN,
@@ -22,8 +21,8 @@ from .hopper_config import (
 
 u32, u64 = np.uint32, np.uint64
 
-# In a descriptor addresses count 16 bytes. The next 16 columns of a K-major row; the next 16 rows of a tile read as V.
-NEXT_TILE, NEXT_COLUMNS, NEXT_ROWS = TILE_BYTES >> 4, 32 >> 4, 16 * 128 >> 4
+# In a descriptor addresses count 16 bytes. The next tile of Q; the next 16 columns of a K-major row.
+NEXT_TILE, NEXT_COLUMNS = TILE_BYTES >> 4, 32 >> 4
 
 
 def make_products(config: HopperConfig) -> SimpleNamespace:
@@ -35,7 +34,11 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     wait_all = ptx.make_wgmma_wait_group(0)
     s_fence = ptx.make_registers_fence(32)
     CLUSTER_SIZE = config.cluster_size
-    K_MAJOR, MN_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR), u64(ptx.DESCRIPTOR_MN_MAJOR)
+    # Of Q and P; of a side of a block as K and as V, whose next tile and next 16 rows are so far away.
+    K_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR)
+    SIDE_K_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side))) for side in range(2))
+    SIDE_MN_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side), config.next_tile_bytes)) for side in range(2))
+    NEXT_K_TILE, NEXT_ROWS = config.next_tile_bytes >> 4, tuple(2 * config.next_atom_bytes(side) >> 4 for side in range(2))
 
     @inline
     def descriptor(form, address):
@@ -73,15 +76,16 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         # Producer's TMA of this side; bit 0 of `parity` is of the buffer's use.
         ptx.mbarrier_wait_parity(base + u32(FULL_SMEM + (buffer * 2 + side) * 8), parity & u32(1))
         q_desc = descriptor(K_MAJOR, base + u32(Q_SMEM))
-        k_desc = descriptor(K_MAJOR, k_smem)
+        k_desc = descriptor(SIDE_K_MAJOR[side], k_smem)
         ptx.wgmma_fence()
-        for tile in range(SIDE_BEGIN[side], SIDE_BEGIN[side] + LEFT_TILES):
+        first = SIDE_BEGIN[side] * NEXT_TILE
+        for tile in range(LEFT_TILES):
             for k in range(K_STEPS):
-                offset = u64(tile * NEXT_TILE + k * NEXT_COLUMNS)
-                wgmma_qk(regs.s_rmem, q_desc + offset, k_desc + offset, u32(1) if tile > SIDE_BEGIN[side] or k > 0 else u32(accumulate))
+                wgmma_qk(regs.s_rmem, q_desc + u64(first + tile * NEXT_TILE + k * NEXT_COLUMNS),
+                         k_desc + u64(first + tile * NEXT_K_TILE + k * NEXT_COLUMNS), u32(1) if tile > 0 or k > 0 else u32(accumulate))
         if side == 1:
             for k in range(K_STEPS):
-                wgmma_qk_rmem(regs.s_rmem, regs.q8_rmem, 4 * k, k_desc + u64((NUM_TILES - 1) * NEXT_TILE + k * NEXT_COLUMNS), u32(1))
+                wgmma_qk_rmem(regs.s_rmem, regs.q8_rmem, 4 * k, k_desc + u64(first + LEFT_TILES * NEXT_K_TILE + k * NEXT_COLUMNS), u32(1))
         ptx.wgmma_commit_group()
 
     @inline
@@ -94,22 +98,22 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         s_fence(regs.s_rmem)
 
     @inline
-    def pv_rmem(o_rmem, p_rmem, v_smem):
-        """O += P V, P from registers."""
-        v_desc = descriptor(MN_MAJOR, v_smem)
+    def pv_rmem(o_rmem, p_rmem, v_smem, side):
+        """O += P V of a side's columns, P from registers."""
+        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
-            wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS), u32(1))
+            wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS[side]), u32(1))
         ptx.wgmma_commit_group()
 
     @inline
-    def pv_smem(o_rmem, p_smem, v_smem):
-        """O += P V, P from shared memory: the other warpgroup's."""
+    def pv_smem(o_rmem, p_smem, v_smem, side):
+        """O += P V of a side's columns, P from shared memory: the other warpgroup's."""
         p_desc = descriptor(K_MAJOR, p_smem)
-        v_desc = descriptor(MN_MAJOR, v_smem)
+        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
-            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))
+            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))
         ptx.wgmma_commit_group()
 
     return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem)

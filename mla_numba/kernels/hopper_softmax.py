@@ -12,6 +12,7 @@ from numba import cuda
 from .. import ptx
 from .hopper_config import (
     BLOCK_N,
+    LEFT_TILES,
     MAX_LAG,
     MINUS_INFINITY,
     PIECE_BYTES,
@@ -30,6 +31,8 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 def make_softmax(config: HopperConfig) -> SimpleNamespace:
     """The functions below, by name."""
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
+    PAGES_PER_BLOCK, NEXT_TILE = config.pages_per_block, config.next_tile_bytes
+    NEXT_ATOM = tuple(config.next_atom_bytes(side) for side in range(2))
 
     @inline
     def row_max(s_rmem, half):
@@ -98,13 +101,22 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                     s_rmem[4 * i + 2 + c] = MINUS_INFINITY
 
     @inline
+    def row_offset(tile, row):
+        """Where a row of one of the eight tiles of V lies in a block."""
+        if PAGES_PER_BLOCK == 1:
+            return tile * u32(TILE_BYTES) + row * u32(128)
+        side = tile >> u32(2)
+        atom = (row >> u32(3)) * (u32(NEXT_ATOM[1]) if side else u32(NEXT_ATOM[0])) + (row & u32(7)) * u32(128)
+        return side * u32(LEFT_TILES * TILE_BYTES) + (tile & u32(LEFT_TILES - 1)) * u32(NEXT_TILE) + atom
+
+    @inline
     def zero_tail(k_smem, num_tokens, thread, barrier_idx):
         """Zero the rows of V past the request's end, where the cache may hold NaN, which even P = 0 would let through."""
         # All 4 warps of this warpgroup, whose wgmma have read these rows as K.
         ptx.bar_sync(u32(barrier_idx), u32(128))
         chunk = thread & u32(63)
         for row in range(num_tokens + i32(thread >> u32(6)), BLOCK_N, 2):
-            address = k_smem + (chunk >> u32(3)) * u32(TILE_BYTES) + u32(row) * u32(128) + ((chunk & u32(7)) << u32(4))
+            address = k_smem + row_offset(chunk >> u32(3), u32(row)) + ((chunk & u32(7)) << u32(4))
             ptx.st_shared_v4_b32(address, u32(0), u32(0), u32(0), u32(0))
         ptx.fence_proxy_async_shared()
         # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.

@@ -59,7 +59,15 @@ from .memory import (
     st_shared_i32,
     st_shared_v4_b32,
 )
-from .mma import DESCRIPTOR_K_MAJOR, DESCRIPTOR_MN_MAJOR, make_wgmma, make_wgmma_wait_group, wgmma_commit_group, wgmma_fence
+from .mma import (
+    DESCRIPTOR_K_MAJOR,
+    DESCRIPTOR_MN_MAJOR,
+    make_wgmma,
+    make_wgmma_wait_group,
+    matrix_descriptor,
+    wgmma_commit_group,
+    wgmma_fence,
+)
 from .tma import (
     EVICT_FIRST,
     EVICT_LAST,
@@ -129,6 +137,7 @@ __all__ = [
     "make_wgmma",
     "make_wgmma_wait_group",
     "mapa_shared_cluster",
+    "matrix_descriptor",
     "mbarrier_arrive",
     "mbarrier_arrive_cluster",
     "mbarrier_arrive_count",

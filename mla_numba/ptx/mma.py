@@ -10,12 +10,20 @@ from numba.cuda.extending import intrinsic
 
 from .instruction import array_data, element_pointers, emit, i32, instruction, numbered, u32, u64
 
-# Matrix descriptor of a tile with 128-byte swizzle, without its address (PTX ISA 9.7.15.5.1.2). Bits 0-13 address / 16,
-# 16-29 leading offset / 16, 32-45 stride offset / 16, 62-63 swizzle. Rows of 64 16-bit elements, 8 rows an atom of 1,024 bytes:
-# the stride offset is from atom to atom along the rows. K-major operands (Q, K, P) have no leading offset; the transposed one (V)
-# goes on to the next 64 columns after 8,192 bytes, a tile of 64 rows.
-DESCRIPTOR_K_MAJOR = 1 << 62 | (1024 >> 4) << 32 | 1 << 16
-DESCRIPTOR_MN_MAJOR = 1 << 62 | (1024 >> 4) << 32 | (8192 >> 4) << 16
+
+def matrix_descriptor(stride_bytes: int, leading_bytes: int = 16) -> int:
+    """Of an operand in shared memory with 128-byte swizzle, without its address; PTX ISA 9.7.15.5.1.2.
+
+    Rows of 64 16-bit elements, 8 rows an atom of 1,024 bytes. `stride_bytes` leads from atom to atom along the rows, `leading_bytes` on to
+    the next 64 columns of a transposed operand (V); a K-major one (Q, K, P) has no use for it.
+
+    Bits 0-13 address / 16, 16-29 leading offset / 16, 32-45 stride offset / 16, 62-63 swizzle."""
+    return 1 << 62 | stride_bytes >> 4 << 32 | leading_bytes >> 4 << 16
+
+
+# Tiles of 64 rows, 8,192 bytes each, one after another.
+DESCRIPTOR_K_MAJOR = matrix_descriptor(1024)
+DESCRIPTOR_MN_MAJOR = matrix_descriptor(1024, 8192)
 
 
 @instruction("wgmma.fence.sync.aligned;")

@@ -20,6 +20,7 @@ PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"),
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
 TWO = (MLACase(seq_lens=(290,), num_heads_q=128), 2)
+SMALL_PAGES = (MLACase(seq_lens=(75, 130), num_heads_q=16, page_size=16), 1)
 # The second job of the first request has rows for one of its two row tiles.
 UNEVEN = (MLACase(seq_lens=(150, 130), num_heads_q=96, q_lens=(2, 1)), 2)
 FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
@@ -164,8 +165,12 @@ MUTANTS = (
            cases=(UNEVEN,)),
     # Layouts.
     Mutant("swizzle of four rows", _PRODUCTS, "(chunk ^ (row & u32(7)))", "(chunk ^ (row & u32(3)))"),
-    Mutant("next rows of V by half", _PRODUCTS, "16 * 128 >> 4", "8 * 128 >> 4"),
-    Mutant("V's columns a tile apart by half", _PRODUCTS, "u64(ptx.DESCRIPTOR_MN_MAJOR)", "u64(ptx.DESCRIPTOR_MN_MAJOR - (256 << 16))"),
+    Mutant("next rows of V by half", _PRODUCTS, "2 * config.next_atom_bytes(side) >> 4", "config.next_atom_bytes(side) >> 4"),
+    Mutant("V's columns a tile apart by half", _PRODUCTS, "config.next_tile_bytes)) for", "config.next_tile_bytes // 2)) for"),
+    Mutant("right side's atoms as near as the left's", _LOAD, "u32(NEXT_BOX[side])", "u32(NEXT_BOX[0])", cases=(SMALL_PAGES,)),
+    Mutant("page of each box", _LOAD, "u32(lane) // u32(BOXES_PER_PAGE)", "u32(lane)", cases=(SMALL_PAGES,)),
+    Mutant("tail of the right side zeroed where the left's would be", _SOFTMAX, "u32(NEXT_ATOM[1]) if side", "u32(NEXT_ATOM[0]) if side",
+           cases=(SMALL_PAGES,)),
     Mutant("mask one token late", _SOFTMAX, ">= visible_a", "> visible_a"),
     Mutant("P1 over Q's tile 7", _DECODE, "store_p(p_rmem, base + u32(P1_SMEM)", "store_p(p_rmem, base + u32(P1_SMEM - TILE_BYTES)",
            also=(("o_rmem, base + u32(P1_SMEM), k1_smem", "o_rmem, base + u32(P1_SMEM - TILE_BYTES), k1_smem"),)),
