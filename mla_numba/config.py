@@ -51,14 +51,16 @@ class ScheduleConfig:
     overhead_blocks: int    # what starting a job costs, in KV blocks
     min_split_blocks: int   # no piece of a split job is shorter
     split_blocks: int = 0   # 0: cut where the balance wants it; else cut every job at these multiples (batch_invariant)
+    uncut_blocks: int = 0   # a job of no more is left whole by a worker that begins with it
     merge_share_parts: int = 8  # of a job in more pieces several thread blocks share a part of the merge
 
     def __post_init__(self) -> None:
         for name in ("rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks", "merge_share_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.split_blocks < 0:
-            raise ValueError(f"split_blocks={self.split_blocks} must be 0 or positive")
+        for name in ("split_blocks", "uncut_blocks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or positive")
 
     def max_jobs(self, shape: DecodeShape) -> int:
         """Rows that the job table needs, from shapes alone (a ragged batch may use fewer)."""

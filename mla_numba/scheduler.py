@@ -7,8 +7,9 @@ The work of a batch is laid end to end on one axis, job after job, each job `ove
     worker 0 ............. | worker 1 ............ | worker 2 .............. | worker 3
 
 A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
-at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. The
-share is the least that suffices; it is found by trying, from the average up, on the device by a thread each. Under `split_blocks`
+at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. With a
+job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer. The share is the least
+that suffices; it is found by trying, from the average up, on the device by a thread each. Under `split_blocks`
 (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
@@ -44,7 +45,11 @@ MERGE_MAX_SHARES = 8
 (MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN, MERGE_SHARE,
  MERGE_NUM_SHARES) = range(8)
 MERGE_COLUMNS = 8
-# Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number.
+# Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number. An idle worker's
+# may be of a job that is none, to rehearse: where jobs have to be merged, the last one's, in no parts; else all idle ones', in one part,
+# every other one's without blocks, so that it comes to the end of a piece at once.
+REHEARSAL = -1
+REHEARSAL_BLOCKS = 2
 # `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); rows of
 # the merge table.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
@@ -136,7 +141,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return begin + room
 
     @jit
-    def _walk(share, begins, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+    def _walk(share, begins, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
         (num_workers, 3) are the job, block and split that each begins with."""
         num_workers = begins.shape[0]
@@ -162,6 +167,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             stop = _cut_in_job(begin_block, max(room, 0), num_blocks, min_split_blocks, split_blocks)
             if end == job and stop <= begin_block:
                 stop = min(begin_block + split_blocks, num_blocks)
+            if end == job and begin_block == 0 and num_blocks <= uncut_blocks:
+                stop = num_blocks
             if stop >= num_blocks:
                 job, block, split = end + 1, 0, 0
             elif split_blocks > 0:
@@ -172,7 +179,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         return True
 
     @jit
-    def _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks):
+    def _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
         """The row of `trials` (threads that try, num_workers, 3) with the least share in which all work fits.
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
@@ -180,9 +187,9 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         num_trials, num_workers = min(num_threads, trials.shape[0]), trials.shape[1]
         if thread < num_trials:
             least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
-            most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks)
+            most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
             share = least + thread
-            while (not _walk(share, trials[thread], axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+            while (not _walk(share, trials[thread], axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks)
                    and share < most):
                 share += num_trials
             sums[thread] = share
@@ -247,6 +254,15 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         merges[row, MERGE_NUM_SHARES] = num_shares
 
     @jit
+    def _fill_rehearsal(starts, worker, num_blocks, num_parts, block_n):
+        """A job of no rows, whose q and pages are nowhere."""
+        starts[worker, JOB_REQUEST] = REHEARSAL
+        starts[worker, JOB_Q_BATCH] = REHEARSAL
+        starts[worker, JOB_SEQ_LEN] = num_blocks * block_n
+        starts[worker, JOB_NUM_BLOCKS] = num_blocks
+        starts[worker, JOB_NUM_PARTS] = num_parts
+
+    @jit
     def _scan(thread, num_threads, sums, value):
         """Exclusive prefix sum over the threads: (sum of `value` in the threads before this one, sum in all)."""
         sums[thread] = value
@@ -264,8 +280,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers,
-              starts, merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_share_parts, jobs, axis, trials,
+              num_splits, workers, starts, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -304,7 +320,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
-        best = _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks)
+        best = _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
+                           uncut_blocks)
         for worker in range(thread, num_workers, num_threads):
             workers[worker, BEGIN_JOB] = trials[best, worker, 0]
             workers[worker, BEGIN_BLOCK] = trials[best, worker, 1]
@@ -348,7 +365,10 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             totals[TOTAL_MERGES] = total_merges
         sync()  # jobs are whole
         for worker in range(thread, num_workers, num_threads):
+            job = workers[worker, BEGIN_JOB]
             for column in range(JOB_COLUMNS):
-                starts[worker, column] = jobs[workers[worker, BEGIN_JOB], column] if workers[worker, BEGIN_JOB] < num_jobs else 0
+                starts[worker, column] = jobs[job, column] if job < num_jobs else 0
+            if job == num_jobs and (total_merges == 0 or worker == num_workers - 1):
+                _fill_rehearsal(starts, worker, (num_workers - worker) % 2 * REHEARSAL_BLOCKS, 0 if total_merges > 0 else 1, block_n)
 
     return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

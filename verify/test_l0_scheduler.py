@@ -16,6 +16,7 @@ from mla_numba.scheduler import (
     FIRST_IS_SPLIT,
     JOB_FIRST_SLOT,
     JOB_NUM_BLOCKS,
+    JOB_NUM_PARTS,
     JOB_Q_BATCH,
     JOB_Q_BEGIN,
     JOB_Q_LEN,
@@ -32,6 +33,7 @@ from mla_numba.scheduler import (
     MERGE_Q_LEN,
     MERGE_ROW_BEGIN,
     MERGE_SHARE,
+    REHEARSAL,
     TOTAL_EXTRA_SPLITS,
     TOTAL_JOBS,
     TOTAL_MERGES,
@@ -137,7 +139,7 @@ def _problems(draw):
     causal = draw(st.booleans(), label="causal")
     q_lens = draw(st.one_of(st.sampled_from([1, 2, 5]), st.lists(st.integers(0, 4), min_size=batch, max_size=batch)), label="q_lens")
     choices = dict(rows_per_job=[16, 64, 128], block_n=[32, 64], num_workers=[1, 2, 7, 66, 132], overhead_blocks=[1, 5],
-                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], merge_share_parts=[8, 8, 1, 3])
+                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], uncut_blocks=[0, 5], merge_share_parts=[8, 8, 1, 3])
     config = ScheduleConfig(**{name: draw(st.sampled_from(values), label=name) for name, values in choices.items()})
     if isinstance(q_lens, list):
         cu_seqlens_q = _int32(np.cumsum([0, *q_lens]))
@@ -165,7 +167,7 @@ def test_workers_finish_together(problem):
         for worker in {piece[3] for piece in walked}:
             load[worker] += config.overhead_blocks
     # What a worker may leave of its share, or pay again, and may take beyond its share.
-    piece = max(config.min_split_blocks, config.split_blocks)
+    piece = max(config.min_split_blocks, config.split_blocks, config.uncut_blocks)
     assert load.max() <= ceil_div(total, config.num_workers) + 2 * config.overhead_blocks + 2 * piece
 
 
@@ -203,6 +205,26 @@ def test_known_batches(num_workers, lens, num_pieces):
     _check(schedule, shape)
 
 
+@pytest.mark.parametrize(("num_blocks", "num_pieces"), [(1, 1), (4, 1), (5, 1), (6, 3), (16, 8)])
+def test_short_jobs_are_not_cut(num_blocks, num_pieces):
+    """As Hopper cuts them: pieces of two blocks, but none of a job of five or fewer."""
+    config = ScheduleConfig(128, 64, 66, 5, 2, uncut_blocks=5)
+    schedule = make_host_schedule(config, _shape(2), _int32([64 * num_blocks] * 2), None)
+    assert schedule.num_splits.tolist() == [0, num_pieces, 2 * num_pieces]
+    _check(schedule, _shape(2))
+
+
+def test_idle_workers_rehearse_what_the_others_will_do():
+    """Where jobs are merged the last one, the stores of partial results; else all, every other one only the end of a piece."""
+    def rehearsals(num_blocks):
+        starts = make_host_schedule(ScheduleConfig(128, 64, 6, 5, 2, uncut_blocks=5), _shape(1), _int32([64 * num_blocks]), None).starts
+        return [(row[JOB_NUM_BLOCKS], row[JOB_NUM_PARTS], row[JOB_Q_LEN]) for row in starts if row[JOB_REQUEST] == REHEARSAL]
+
+    assert rehearsals(8) == [(2, 0, 0)]
+    assert rehearsals(4) == [(2, 1, 0), (0, 1, 0), (2, 1, 0), (0, 1, 0), (2, 1, 0)]
+    assert rehearsals(12) == []
+
+
 def test_causal_mask_shortens_the_first_queries():
     """With 128 queries of one head and 64 rows a job, the first job sees 64 tokens fewer than the second."""
     schedule = make_host_schedule(ScheduleConfig(64, 64, 4, 5, 4), _shape(1, seq_len_q=128, heads=1), _int32([640]), None)
@@ -227,8 +249,9 @@ def test_config_rules(field):
     values = dict(rows_per_job=64, block_n=64, num_workers=1, overhead_blocks=1, min_split_blocks=1)
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
         ScheduleConfig(**{**values, field: 0})
-    with pytest.raises(ValueError, match="split_blocks=-1"):
-        ScheduleConfig(**values, split_blocks=-1)
+    for may_be_0 in ("split_blocks", "uncut_blocks"):
+        with pytest.raises(ValueError, match=f"{may_be_0}=-1"):
+            ScheduleConfig(**values, **{may_be_0: -1})
 
 
 @pytest.mark.sim

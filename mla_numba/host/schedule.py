@@ -52,7 +52,8 @@ def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple
 
 def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
-            config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.merge_share_parts)
+            config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.uncut_blocks,
+            config.merge_share_parts)
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:

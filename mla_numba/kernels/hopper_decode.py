@@ -47,6 +47,7 @@ from .hopper_config import (
     MAP_WORDS,
     MAX_SMEM,
     NEXT_ROW,
+    NEXT_STEP,
     NO_SCORE,
     NUM_CONSUMERS,
     NUM_WARPS,
@@ -125,6 +126,15 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
                 ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
 
     @inline
+    def release_q(base, lane):
+        """This warp is done with a piece's Q and P1: 8 consumer warps make the phase, the producer waits. Before the step of a last block
+        that has no other beside it, which reads neither; else by `end_piece`."""
+        # All lanes have read Q's last tile.
+        cuda.syncwarp()
+        if lane == 0:
+            ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
+
+    @inline
     def load_rows(address):
         """What lies there for this thread's two rows."""
         return ptx.ld_shared_f32(address), ptx.ld_shared_f32(address + u32(NEXT_ROW))
@@ -144,8 +154,8 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         # Softmax.
         hide_unseen(s_rmem, k0_smem, first_token, all_see, parity, at, problem, WARPGROUP)
         old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
-        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e)
-        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e)
+        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
+        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
         cuda.syncwarp()
         if at.thread & u32(3) == 0:
@@ -217,7 +227,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
         ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
         old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
-        max_a, max_b = lagging_max(old_a, new_a), lagging_max(old_b, new_b)
+        max_a, max_b = lagging_max(old_a, new_a, parity), lagging_max(old_b, new_b, parity)
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
         scale0_a, scale0_b = load_rows(at.row_smem + u32(SCALE0_SMEM))
         both_a, both_b = scale_a * scale0_a, scale_b * scale0_b
@@ -269,12 +279,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         left = num_blocks
         while left > 2:
             even_step(regs, at, problem, token, all_see, parity, True, True)
-            parity ^= u32(1)
+            parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left == 2:
             even_step(regs, at, problem, token, all_see, parity, True, False)
         else:
+            release_q(at.base, at.lane)
             even_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 
@@ -288,13 +299,14 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             parity ^= u32(1)
         while left > 3:
             odd_step(regs, at, problem, token, all_see, parity, True, True)
-            parity ^= u32(1)
+            parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left > 1:
             odd_step(regs, at, problem, token, all_see, parity, True, False)
             left -= i32(2)
         if left == 1:
+            release_q(at.base, at.lane)
             odd_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 
@@ -327,7 +339,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         regs = Registers(cuda.local.array(32, types.float32), cuda.local.array(128, types.float32), cuda.local.array(16, types.uint32),
                          cuda.local.array(16, types.uint32), cuda.local.array(2, types.float32))
         tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
-        # Bit 0: of the K buffer's next use. Bit 6: of the piece; it tells the two places for a piece's words apart.
+        # Bit 0: of the K buffer's next use. Bit 6: of the piece; it tells the two places for a piece's words apart. The rest: the steps.
         parity = u32(0)
         while True:
             base = ptx.opaque_b32(base)
@@ -357,8 +369,8 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             if num_blocks > 0:
                 # The side, anew: kept over the steps it would cost a register that O needs.
                 max_a, max_b = exchange_sums(regs.sums_rmem, at.row_smem, thread, ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7))
-            store_piece(regs, part, max_a, max_b, piece_words(base, parity), problem, results)
-            parity ^= u32(PIECE_BYTES)
+            store_piece(regs, part, base, max_a, max_b, piece_words(base, parity), problem, results)
+            parity = u32((parity ^ u32(PIECE_BYTES)) & u32(NEXT_STEP - 1))
 
     def hopper_decode(jobs, workers, starts, o_partial, state_partial, counters, _q_map, _left_map, _right_map, block_table,
                       table_row_stride, table_column_stride, max_pages, num_requests, kv_cache, page_stride, token_stride, head_stride,

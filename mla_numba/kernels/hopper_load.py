@@ -19,13 +19,13 @@ from ..scheduler import (
     END_JOB,
     JOB_COLUMNS,
     JOB_NUM_BLOCKS,
-    JOB_NUM_PARTS,
     JOB_Q_BATCH,
     JOB_Q_BEGIN,
     JOB_Q_LEN,
     JOB_REQUEST,
     JOB_ROW_BEGIN,
     JOB_SEQ_LEN,
+    REHEARSAL,
     WORKER_COLUMNS,
 )
 from .hopper_config import (
@@ -61,9 +61,9 @@ i32, i64, u16, u32, u64 = np.int32, np.int64, np.uint16, np.uint32, np.uint64
 WINDOW = 32
 # Two windows of a request's block table, and the place of the first one in it. The lanes hold a page id each.
 Pages = namedtuple("Pages", "first window next_window")
-# Bits of `turns`: 0 and 1 are the parities of the buffers' uses, this one that of the piece; this one is set after the first piece; from
-# this one on is the number of jobs after this one.
-PIECE_TURN, LATER_TURN, JOBS_TURN = 2, 3, 4
+# Bits of `turns`: 0 and 1 are the parities of the buffers' uses, this one that of the piece; this one is set if the last piece's Q is free
+# after its K; from this one on is the number of jobs after this one.
+PIECE_TURN, LATE_Q_TURN, JOBS_TURN = 2, 3, 4
 
 
 @inline
@@ -106,8 +106,8 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         """This lane's page of the window from `first` on; -1, which TMA reads as zeros, past what the request uses."""
         entry, page = i32(first + i32(ptx.opaque_b32(u32(lane)))), i32(-1)
         num_pages, request = i32((u32(column(job, JOB_SEQ_LEN)) + u32(PAGE_SIZE - 1)) // u32(PAGE_SIZE)), column(job, JOB_REQUEST)
-        # A rehearsal's job is in no parts.
-        num_pages = num_pages if column(job, JOB_NUM_PARTS) > 0 else i32(0)
+        # A rehearsal has no pages.
+        num_pages = num_pages if request >= 0 else i32(0)
         if entry < min(tables.max_pages, num_pages):
             block_table = tables.block_table + u64(request * tables.row_stride)
             page = ptx.ld_global_i32(block_table + u64(entry * tables.column_stride))
@@ -238,32 +238,29 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     @inline
     def produce(base, lane, maps, tables, problem, work, job):
         """Walk the worker's pieces, job by job; within a piece, pairs of blocks."""
-        worker, kv_head, heads_per_kv = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z), problem.heads_per_kv
+        kv_head, heads_per_kv = i32(cuda.blockIdx.z), problem.heads_per_kv
         turns = u32(i32(column(work, END_JOB) - column(work, BEGIN_JOB))) << u32(JOBS_TURN)
         block = column(work, BEGIN_BLOCK)
-        if i32(turns) < 0 and worker == i32(cuda.gridDim.y) - i32(1):
-            # The last worker has no work. It rehearses: two blocks of zeros, nothing stored, so that the kernel's code is in L2 when the
-            # others come to it: 0.3 to 2 us of 19 to 85 where another kernel ran before (H100).
-            turns, block = u32(0), i32(0)
-            work = i32(2) if lane == i32(END_BLOCK) else i32(0)
-            job = i32(1) if lane == i32(JOB_Q_LEN) else i32(0)
-            job = i32(-1) if lane == i32(JOB_Q_BATCH) else job
-            job = i32(2 * BLOCK_N) if lane == i32(JOB_SEQ_LEN) else job
+        if column(job, JOB_REQUEST) == i32(REHEARSAL):
+            # This worker has no work. It rehearses: two blocks of zeros, or the end of a piece, nothing stored, so that the kernel's code
+            # is in L2 when the others come to it: 0.3 to 2 us of 19 to 85 where another kernel ran before (H100).
+            turns, block, end_block = u32(0), i32(0), column(job, JOB_NUM_BLOCKS)
+            work = end_block if lane == i32(END_BLOCK) else i32(0)
         while i32(turns) >= 0:
             num_rows, row_begin = i32(column(job, JOB_Q_LEN) * heads_per_kv), column(job, JOB_ROW_BEGIN)
             end_block = column(job, JOB_NUM_BLOCKS)
             if turns >> u32(JOBS_TURN) == 0:
                 end_block = column(work, END_BLOCK)
             # A block of a cluster goes along wherever one of them has rows.
-            more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows
+            more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows or column(job, JOB_REQUEST) == i32(REHEARSAL)
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
                 begin = block
                 # Asked for before Q and the piece's words, whose latencies they share: 0.5 to 0.9 us of 17 to 39 (H100).
                 first = i32(first_page(block) & i32(-WINDOW))
                 pages = Pages(first, load_page_ids(tables, job, first, lane), load_page_ids(tables, job, i32(first + WINDOW), lane))
-                # The first piece's Q, and one without blocks, at once; the others' when K's buffers, free before Q's, are on their way.
-                if turns & u32(1 << LATER_TURN) == 0 or stop <= block:
+                # Q at once, if its place is free or there are no blocks; else when K's buffers, free before it, are on their way.
+                if turns & u32(1 << LATE_Q_TURN) == 0 or stop <= block:
                     produce_piece(base, maps.q, tables, turns, begin, stop, work, job, heads_per_kv, kv_head, lane)
                 while block < stop:
                     odd = i32(block + 1)
@@ -273,7 +270,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                     load_side(base, 0, 0, turns, maps, kv_head, block, pages, lane)
                     if block == begin:
                         load_side(base, 0, 1, turns, maps, kv_head, block, pages, lane)
-                        if turns & u32(1 << LATER_TURN) != 0:
+                        if turns & u32(1 << LATE_Q_TURN) != 0:
                             produce_piece(base, maps.q, tables, turns, begin, stop, work, job, heads_per_kv, kv_head, lane)
                     if odd < stop:
                         load_side(base, 1, 1, turns, maps, kv_head, odd, pages, lane)
@@ -287,7 +284,8 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         # The next pair: farther ones would leave L2 again before they are loaded.
                         prefetch(tables.cache, kv_head, i32(block + 2), min(stop, i32(block + 4)), pages, lane)
                     block = i32(block + 2)
-                turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATER_TURN))
+                # Of a piece of an even number of blocks Q is free after K's buffers, else before.
+                turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATE_Q_TURN)) ^ (u32(stop - begin) & u32(1)) << u32(LATE_Q_TURN)
                 block = stop
                 more = block < end_block
             block = i32(0)

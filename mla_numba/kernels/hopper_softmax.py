@@ -12,9 +12,11 @@ from numba import cuda
 from .. import ptx
 from .hopper_config import (
     BLOCK_N,
+    EXACT_STEPS,
     LEFT_TILES,
     MAX_LAG,
     MINUS_INFINITY,
+    NEXT_STEP,
     PIECE_BYTES,
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
@@ -56,8 +58,10 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return total
 
     @inline
-    def lagging_max(old, new):
-        return old if new <= old + MAX_LAG else new
+    def lagging_max(old, new, parity):
+        """The maximum after a block: the old one while the new one is not much larger, but in the first steps of a piece."""
+        lag = MAX_LAG if parity >= u32(EXACT_STEPS * NEXT_STEP) else f32(0)
+        return old if new <= old + lag else new
 
     @inline
     def rescale(o_rmem, factor_a, factor_b):

@@ -20,7 +20,9 @@ from .hopper_config import (
     MINUS_INFINITY,
     NEXT_ROW,
     NUM_WARPS,
+    P0_SMEM,
     PIECE_FIRST_SLOT,
+    PIECE_NUM_BLOCKS,
     PIECE_NUM_PARTS,
     PIECE_Q_BATCH,
     PIECE_Q_BEGIN,
@@ -42,6 +44,9 @@ i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 # Strips of another piece's O that are in flight while this one's are weighted.
 STRIPS_AT_ONCE = 8
 OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
+# A warp's part of P0's place, where the results of as many strips lie as 16 rows of 64 bytes.
+STAGE_STRIPS = 4
+STAGE_BYTES = 16 * STAGE_STRIPS * 16
 # A warp's part of a piece: whether it has the last word on its rows, and does not leave them in its slot; this thread's first row, and how
 # many the request has; where the warp's counter, O and state are, 0 if the piece is the whole job, or the warp has no row of it.
 Part = namedtuple("Part", "is_last row rows_of_request counter o state")
@@ -95,18 +100,15 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         cuda.syncwarp()
 
     @inline
-    def pair_weights(my_max, my_sum, other_max, other_sum, is_second):
-        """Of a row in two pieces: the weight of this one, of the other one, lse2 of both. Equal bits on whichever side it runs."""
-        first_max, first_sum, second_max, second_sum = my_max, my_sum, other_max, other_sum
-        if is_second:
-            first_max, first_sum, second_max, second_sum = other_max, other_sum, my_max, my_sum
-        largest = max(first_max, second_max)
+    def pair_weights(my_max, my_sum, other_max, other_sum):
+        """Of a row in two pieces: the weight of this one, of the other one, lse2 of both. Equal bits on whichever side it runs, as products
+        are rounded before they are added."""
+        largest = max(my_max, other_max)
         if largest == MINUS_INFINITY:
             return f32(0), f32(0), MINUS_INFINITY
-        first, second = ptx.ex2(first_max - largest), ptx.ex2(second_max - largest)
-        total = ptx.fma_rn(first, first_sum, ptx.mul_rn(second, second_sum))
-        lse2 = largest + math.log2(total)
-        return (second / total, first / total, lse2) if is_second else (first / total, second / total, lse2)
+        mine, other = ptx.ex2(my_max - largest), ptx.ex2(other_max - largest)
+        total = ptx.mul_rn(mine, my_sum) + ptx.mul_rn(other, other_sum)
+        return mine / total, other / total, largest + math.log2(total)
 
     @inline
     def add_other(o_rmem, half, weight, other_weight, other_rmem, i, is_second):
@@ -121,44 +123,57 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                     o_rmem[4 * (i + k) + 2 * half + c] = ptx.fma_rn(weight, x, ptx.mul_rn(other_weight, y))
 
     @inline
-    def swap_words(a, b, take_b, distance):
-        """Of two words here and in the lane `distance` away: the pair (own a, its a) in the lower lane, (its b, own b) in the upper one."""
-        other = u32(cuda.shfl_xor_sync(0xFFFFFFFF, i32(a if take_b else b), distance))
-        return (other, b) if take_b else (a, other)
+    def stage_address(stage, row, chunk):
+        """Of 16 bytes of one of 16 rows of 64 bytes; the chunks of a row change places so that no two rows of eight share banks."""
+        return stage + row * u32(64) + ((chunk ^ (row >> u32(1) & u32(3))) << u32(4))
 
     @inline
-    def store_row(o_rmem, half, factor, row_address, lane):
-        """A row of O, this warp's 256 columns. The 4 lanes of a row transpose 4 x 4 words, so that each stores 16 bytes, and all 64."""
-        odd, upper = lane & u32(1) != 0, lane & u32(2) != 0
-        for i in range(0, STRIPS, 4):
-            w0 = to_pair(o_rmem[4 * i + 2 * half + 1] * factor, o_rmem[4 * i + 2 * half] * factor)
-            w1 = to_pair(o_rmem[4 * i + 2 * half + 5] * factor, o_rmem[4 * i + 2 * half + 4] * factor)
-            w2 = to_pair(o_rmem[4 * i + 2 * half + 9] * factor, o_rmem[4 * i + 2 * half + 8] * factor)
-            w3 = to_pair(o_rmem[4 * i + 2 * half + 13] * factor, o_rmem[4 * i + 2 * half + 12] * factor)
-            w0, w1 = swap_words(w0, w1, odd, 1)
-            w2, w3 = swap_words(w2, w3, odd, 1)
-            w0, w2 = swap_words(w0, w2, upper, 2)
-            w1, w3 = swap_words(w1, w3, upper, 2)
-            if row_address != 0:
-                ptx.st_global_v4_b32(u64(row_address) + u64(i * 16), u32(w0), u32(w1), u32(w2), u32(w3))
-
-    @inline
-    def finish_row(o_rmem, half, factor, lse2, row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, results):
-        """A row's result."""
+    def row_address(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
+        """Where this thread stores its 16 bytes of a row's 64; 0 if the request has no such row. Stores the row's lse."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
         q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
         token = ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + i32(u32(row) // heads)
         head = kv_head * i32(heads) + i32(u32(row) % heads)
-        row_address = i64(0)
+        address = i64(0)
         if row < rows_of_request:
-            row_address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
-                           + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V) + (lane & u32(3)) * u32(16)))
+            address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
+                       + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V) + (lane & u32(3)) * u32(16)))
             if wg == 0 and lane & u32(3) == 0:
                 ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
                                                     + token * results.lse_token_stride),
                                   lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else results.empty_lse)
-        store_row(o_rmem, half, factor, row_address, lane)
+        return address
+
+    @inline
+    def store_rows(o_rmem, factor_a, factor_b, address_a, address_b, base, thread_idx):
+        """The warp's 16 rows, 256 columns of each, 32 at a time: through its part of P0's place, so that a row's 4 lanes store 64 bytes."""
+        lane = thread_idx & u32(31)
+        stage = base + u32(P0_SMEM) + (thread_idx >> u32(5)) * u32(STAGE_BYTES)
+        # stmatrix: lane l has the place of row l % 8 of matrix l / 8: rows 0 to 7, and 8 to 15, of one strip and of the next.
+        matrix_row = (lane & u32(7)) + (lane & u32(8))
+        in_smem = stage_address(stage, matrix_row, lane >> u32(4))
+        in_smem_next = stage_address(stage, matrix_row, (lane >> u32(4)) + u32(2))
+        row_a, row_b = stage_address(stage, lane >> u32(2), lane & u32(3)), stage_address(stage, (lane >> u32(2)) + u32(8), lane & u32(3))
+        quad_rmem = cuda.local.array(8, types.uint32)
+        for i in range(0, STRIPS, STAGE_STRIPS):
+            for s in range(0, STAGE_STRIPS, 2):
+                w = 4 * (i + s)
+                ptx.stmatrix_x4(in_smem_next if s else in_smem,
+                                to_pair(o_rmem[w + 1] * factor_a, o_rmem[w] * factor_a),
+                                to_pair(o_rmem[w + 3] * factor_b, o_rmem[w + 2] * factor_b),
+                                to_pair(o_rmem[w + 5] * factor_a, o_rmem[w + 4] * factor_a),
+                                to_pair(o_rmem[w + 7] * factor_b, o_rmem[w + 6] * factor_b))
+            # The lanes' matrices are there.
+            cuda.syncwarp()
+            ptx.ld_shared_v4_b32(quad_rmem, 0, row_a)
+            ptx.ld_shared_v4_b32(quad_rmem, 4, row_b)
+            if address_a != 0:
+                ptx.st_global_v4_b32(u64(address_a) + u64(i * 16), quad_rmem[0], quad_rmem[1], quad_rmem[2], quad_rmem[3])
+            if address_b != 0:
+                ptx.st_global_v4_b32(u64(address_b) + u64(i * 16), quad_rmem[4], quad_rmem[5], quad_rmem[6], quad_rmem[7])
+            # They have been read.
+            cuda.syncwarp()
 
     @inline
     def whole_row(total, maximum):
@@ -179,8 +194,9 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         cuda.syncwarp()
-        if lane == 0:
-            # 8 consumer warps arrive, producer waits: this one is done with Q and P1. (The words stay until the piece after the next.)
+        if lane == 0 and ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0:
+            # 8 consumer warps arrive, producer waits: this one is done with Q and P1; with an odd number of blocks it has said so before.
+            # (The words stay until the piece after the next.)
             ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
         # A warp without rows goes to the end of a piece that may have to be merged here, and makes the code near for those that have some
         # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
@@ -204,7 +220,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 
     @inline
-    def store_piece(regs, part, max_a, max_b, words, problem, results):
+    def store_piece(regs, part, base, max_a, max_b, words, problem, results):
         """The piece's rows: to the results, or to its slot of the workspace, if more pieces are to come."""
         o_rmem, heads_per_kv = regs.o_rmem, problem.heads_per_kv
         kv_head = i32(cuda.blockIdx.z)
@@ -229,10 +245,10 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                 other_state = u64(i64(part.state) + distance * i64(2 * STATE_BYTES))
                 other_sums = other_state + u64(SUMS_OFFSET)
                 weight_a, other_weight_a, lse2_a = pair_weights(
-                    max_a, regs.sums_rmem[0], ptx.ld_global_f32(other_state), ptx.ld_global_f32(other_sums), is_second)
+                    max_a, regs.sums_rmem[0], ptx.ld_global_f32(other_state), ptx.ld_global_f32(other_sums))
                 weight_b, other_weight_b, lse2_b = pair_weights(
                     max_b, regs.sums_rmem[1], ptx.ld_global_f32(other_state + u64(NEXT_ROW)),
-                    ptx.ld_global_f32(other_sums + u64(NEXT_ROW)), is_second)
+                    ptx.ld_global_f32(other_sums + u64(NEXT_ROW)))
                 other_rmem = cuda.local.array(OTHER_REGISTERS, types.float32)
                 for i in range(0, STRIPS, STRIPS_AT_ONCE):
                     for k in range(STRIPS_AT_ONCE):
@@ -240,8 +256,9 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                     add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
                     add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
             row, rows = part.row, part.rows_of_request
-            finish_row(o_rmem, 0, factor_a, lse2_a, row, words, wg, lane, rows, kv_head, heads_per_kv, results)
-            finish_row(o_rmem, 1, factor_b, lse2_b, i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, results)
+            address_a = row_address(row, words, wg, lane, rows, kv_head, heads_per_kv, lse2_a, results)
+            address_b = row_address(i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, lse2_b, results)
+            store_rows(o_rmem, factor_a, factor_b, address_a, address_b, base, thread_idx)
         elif part.counter != u64(0):
             store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
             announce(part.counter, lane)

@@ -23,13 +23,13 @@ _build = _scheduler.build
 
 @cuda.jit
 def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job, block_n, overhead_blocks,
-                   min_split_blocks, split_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers, starts, merges,
-                   totals):
+                   min_split_blocks, split_blocks, uncut_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers, starts,
+                   merges, totals):
     """Fill the schedule (see `scheduler.build`). Grid 1, block NUM_THREADS."""
     sums_smem = cuda.shared.array(NUM_THREADS, int32)
     axis_smem = cuda.shared.array(AXIS_SMEM, int32)
     if axis.size <= AXIS_SMEM:
         axis = axis_smem
     _build(cuda.threadIdx.x, NUM_THREADS, sums_smem, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-           block_n, overhead_blocks, min_split_blocks, split_blocks, merge_share_parts, jobs, axis, trials, num_splits, workers, starts,
-           merges, totals)
+           block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_share_parts, jobs, axis, trials, num_splits,
+           workers, starts, merges, totals)

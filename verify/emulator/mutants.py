@@ -27,6 +27,8 @@ FIVE = (MLACase(seq_lens=(500,), num_heads_q=16), 5)
 # More items of the merge than it has thread blocks.
 ITEMS = (MLACase(seq_lens=(500,), num_heads_q=20), 5)
 IDLE = (MLACase(seq_lens=(65,), num_heads_q=16), 3)
+# Jobs of one block, several a worker.
+BLOCKS = (MLACase(seq_lens=(64, 33, 64, 1, 50), num_heads_q=16), 1)
 MANY = (MLACase(seq_lens=(640,), num_heads_q=16, page_size=128, dtype="float16", values="falling"), 4)
 SEEDS = 10
 
@@ -99,14 +101,14 @@ MUTANTS = (
     Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
     Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()")),
     Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
-    Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(MN_MAJOR, v_smem)\n        ptx.wgmma_fence()\n"
-           "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(MN_MAJOR, v_smem)\n"
+    Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n        ptx.wgmma_fence()\n"
+           "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
     Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
     Mutant("O used without a registers fence", _DECODE, "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n",
            "        wait_all()\n        p_fence(p_rmem)\n"),
-    Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))\n"
-           "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS), u32(1))\n"),
+    Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"
+           "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"),
     # Buffers given back too early.
     Mutant("V0 freed before its product is done", _DECODE, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE),
     Mutant("one group too few awaited", _DECODE, _P1V1_DONE, _P1V1_DONE.replace("but_1", "but_2"),
@@ -132,6 +134,13 @@ MUTANTS = (
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
     Mutant("maximum begun anew by one of a row's threads", _DECODE, _MAX_ANEW + "        cuda.syncwarp()\n", _MAX_ANEW,
            cases=((MLACase(seq_lens=(70, 130), num_heads_q=16), 1),)),
+    Mutant("Q free before all lanes have read it", _DECODE, "        # All lanes have read Q's last tile.\n        cuda.syncwarp()\n", "",
+           cases=(BLOCKS,)),
+    Mutant("Q freed twice", _STORE, " and ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0", "",
+           cases=(BLOCKS,)),
+    Mutant("stage read before it is written", _STORE, "            # The lanes' matrices are there.\n            cuda.syncwarp()\n", ""),
+    Mutant("stage written before it is read", _STORE, "            # They have been read.\n            cuda.syncwarp()\n", ""),
+    Mutant("rehearsal reads a block table", _LOAD, "        num_pages = num_pages if request >= 0 else i32(0)\n", "", cases=(IDLE,)),
     Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
@@ -145,7 +154,7 @@ MUTANTS = (
     Mutant("half of a side's bytes expected", _LOAD, "u32(SIDE_TILES[side] * TILE_BYTES))", "u32(SIDE_TILES[side] * TILE_BYTES // 2))"),
     Mutant("right side too far left", _LOAD, "row, i32(tile), kv_head", "row, i32(tile // u32(4) * u32(3)), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
-    Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity ^= u32(1)\n", _EVEN_STEP),
+    Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))\n", _EVEN_STEP),
     Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
     Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
@@ -167,6 +176,8 @@ MUTANTS = (
     Mutant("swizzle of four rows", _PRODUCTS, "(chunk ^ (row & u32(7)))", "(chunk ^ (row & u32(3)))"),
     Mutant("next rows of V by half", _PRODUCTS, "2 * config.next_atom_bytes(side) >> 4", "config.next_atom_bytes(side) >> 4"),
     Mutant("V's columns a tile apart by half", _PRODUCTS, "config.next_tile_bytes)) for", "config.next_tile_bytes // 2)) for"),
+    Mutant("warp's part of the stage is another's", _STORE, "(thread_idx >> u32(5)) * u32(STAGE_BYTES)",
+           "(thread_idx >> u32(5) & u32(3)) * u32(STAGE_BYTES)"),
     Mutant("right side's atoms as near as the left's", _LOAD, "u32(NEXT_BOX[side])", "u32(NEXT_BOX[0])", cases=(SMALL_PAGES,)),
     Mutant("page of each box", _LOAD, "u32(lane) // u32(BOXES_PER_PAGE)", "u32(lane)", cases=(SMALL_PAGES,)),
     Mutant("tail of the right side zeroed where the left's would be", _SOFTMAX, "u32(NEXT_ATOM[1]) if side", "u32(NEXT_ATOM[0]) if side",
@@ -189,7 +200,8 @@ MUTANTS = (
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
     Mutant("rehearsal stores what it made", _STORE, "store_o(regs.o_rmem, o_part, u32(num_parts))", "store_o(regs.o_rmem, o_part, u32(1))",
            cases=((MANY[0], 7),)),
-    Mutant("rehearsal counts as a part", _STORE, "            counter = u64(0) if is_rehearsal else counter\n", "", cases=(IDLE,)),
+    Mutant("rehearsal counts as a part", _STORE, "            counter = u64(0) if is_rehearsal else counter\n", "",
+           cases=((MANY[0], 7),)),
     Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, "            pass\n", cases=(MANY,),
            also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
     Mutant("parts merged before they are there", _MERGE, "while not are_there(counter, num_parts):", "while False:", cases=(MANY,)),
