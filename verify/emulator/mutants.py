@@ -133,7 +133,7 @@ MUTANTS = (
     Mutant("maximum begun anew before it is read", _DECODE, "        # Both warpgroups arrive and wait: the maximum has been read.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
     Mutant("maximum begun anew by one of a row's threads", _DECODE, _MAX_ANEW + "        cuda.syncwarp()\n", _MAX_ANEW,
-           cases=((MLACase(seq_lens=(70, 130), num_heads_q=16), 1),)),
+           cases=((MLACase(seq_lens=(1400, 600), num_heads_q=16), 4),)),
     Mutant("Q free before all lanes have read it", _DECODE, "        # All lanes have read Q's last tile.\n        cuda.syncwarp()\n", "",
            cases=(BLOCKS,)),
     Mutant("Q freed twice", _STORE, " and ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0", "",
