@@ -725,7 +725,8 @@ def make_product(n, dtype, a_in_registers, b_transposed):
     """D (64 x n) = A (64 x 64) B (64 x n), A and B from swizzled tiles."""
     wgmma, wait = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed), ptx.make_wgmma_wait_group(0)
     copied, d_fence, a_fence = ptx.make_cp_async_wait_group(0), ptx.make_registers_fence(n // 2), ptx.make_registers_fence(16, types.uint32)
-    b_form = ptx.DESCRIPTOR_MN_MAJOR if b_transposed else ptx.DESCRIPTOR_K_MAJOR
+    a_form = ptx.matrix_descriptor(1024)
+    b_form = ptx.matrix_descriptor(1024, TILE_BYTES) if b_transposed else a_form
     # 16 of K further on, in descriptors' units of 16 bytes: 16 rows, or 16 columns.
     b_step = 16 * 128 // 16 if b_transposed else 16 * 2 // 16
     b_bytes, count = 128 * n, n // 2
@@ -745,7 +746,7 @@ def make_product(n, dtype, a_in_registers, b_transposed):
         ptx.fence_proxy_async_shared()
         # All threads: A and B are there.
         cuda.syncthreads()
-        a_desc, b_desc = u64(ptx.DESCRIPTOR_K_MAJOR) | u64(base >> u32(4)), u64(b_form) | u64(b_smem >> u32(4))
+        a_desc, b_desc = u64(a_form) | u64(base >> u32(4)), u64(b_form) | u64(b_smem >> u32(4))
         if a_in_registers:
             row = (thread >> 5) * 16 + (lane & 15)
             for k in range(4):

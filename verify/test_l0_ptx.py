@@ -77,10 +77,10 @@ def test_docstring_says_where_it_is_described(name):
 
 
 def test_everything_has_an_effect():
-    """But for nounroll, which is for the assembler, and matrix_descriptor, which is a number."""
+    """But for nounroll, which is for the assembler."""
     used = set(re.findall(r"\bptx\.(\w+)", Path(ptx_kernels.__file__).read_text()))
     named = {part for effect in EFFECTS.values() for part in effect.configuration}
-    assert set(ptx.__all__) - used - named == {"matrix_descriptor", "nounroll"}
+    assert set(ptx.__all__) - used - named == {"nounroll"}
 
 
 @pytest.mark.parametrize("effect", EFFECTS.values(), ids=EFFECTS)
@@ -140,9 +140,8 @@ def test_wgmma(n, dtype, a_in_registers, b_transposed):
 
 def test_descriptors():
     """PTX ISA 9.7.15.5.1.2: leading offset / 16 in bits 16-29, stride offset / 16 in bits 32-45, swizzle 128 B = 1 in bits 62-63."""
-    descriptors = ((ptx.DESCRIPTOR_K_MAJOR, 1, 64), (ptx.DESCRIPTOR_MN_MAJOR, 8192 // 16, 64),
-                   (ptx.matrix_descriptor(5120, 1024), 1024 // 16, 5120 // 16))
-    for descriptor, leading, stride in descriptors:
+    for descriptor, leading, stride in ((ptx.matrix_descriptor(1024), 1, 64), (ptx.matrix_descriptor(1024, 8192), 8192 // 16, 64),
+                                        (ptx.matrix_descriptor(5120, 1024), 1024 // 16, 5120 // 16)):
         assert descriptor >> 62 == 1
         assert descriptor >> 32 & 0x3FFF == stride
         assert descriptor >> 16 & 0x3FFF == leading

@@ -103,7 +103,7 @@ def decode_signature() -> types.Type:
 def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
     first_rows, prefetch_page_ids, produce = make_producer(config)
-    (end_piece, store_piece), products, softmax = make_store(config), make_products(config), make_softmax(config)
+    (release_q, end_piece, store_piece), products, softmax = make_store(config), make_products(config), make_softmax(config)
     load_q8, store_p, pv_rmem, pv_smem = products.load_q8, products.store_p, products.pv_rmem, products.pv_smem
     qk_side, qk_block = products.qk_side, products.qk_block
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
@@ -124,15 +124,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.mbarrier_arrive(mbar)
             if CLUSTER_SIZE > 1:
                 ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
-
-    @inline
-    def release_q(base, lane):
-        """This warp is done with a piece's Q and P1: 8 consumer warps make the phase, the producer waits. Before the step of a last block
-        that has no other beside it, which reads neither; else by `end_piece`."""
-        # All lanes have read Q's last tile.
-        cuda.syncwarp()
-        if lane == 0:
-            ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
 
     @inline
     def load_rows(address):
@@ -285,7 +276,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if left == 2:
             even_step(regs, at, problem, token, all_see, parity, True, False)
         else:
-            release_q(at.base, at.lane)
+            release_q(at.base, at.lane, u32(0), True)
             even_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 
@@ -306,7 +297,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             odd_step(regs, at, problem, token, all_see, parity, True, False)
             left -= i32(2)
         if left == 1:
-            release_q(at.base, at.lane)
+            release_q(at.base, at.lane, u32(0), True)
             odd_step(regs, at, problem, token, all_see, parity, False, False)
         return parity
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import ptx
 from .hopper_config import (
+    ATOM_BYTES,
     FULL_SMEM,
     K0_SMEM,
     K1_SMEM,
@@ -35,7 +36,7 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     s_fence = ptx.make_registers_fence(32)
     CLUSTER_SIZE = config.cluster_size
     # Of Q and P; of a side of a block as K and as V, whose next tile and next 16 rows are so far away.
-    K_MAJOR = u64(ptx.DESCRIPTOR_K_MAJOR)
+    K_MAJOR = u64(ptx.matrix_descriptor(ATOM_BYTES))
     SIDE_K_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side))) for side in range(2))
     SIDE_MN_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side), config.next_tile_bytes)) for side in range(2))
     NEXT_K_TILE, NEXT_ROWS = config.next_tile_bytes >> 4, tuple(2 * config.next_atom_bytes(side) >> 4 for side in range(2))

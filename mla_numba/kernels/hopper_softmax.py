@@ -11,6 +11,7 @@ from numba import cuda
 
 from .. import ptx
 from .hopper_config import (
+    ATOM_ROWS,
     BLOCK_N,
     EXACT_STEPS,
     LEFT_TILES,
@@ -109,9 +110,9 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         """Where a row of one of the eight tiles of V lies in a block."""
         if PAGES_PER_BLOCK == 1:
             return tile * u32(TILE_BYTES) + row * u32(128)
-        side = tile >> u32(2)
-        atom = (row >> u32(3)) * (u32(NEXT_ATOM[1]) if side else u32(NEXT_ATOM[0])) + (row & u32(7)) * u32(128)
-        return side * u32(LEFT_TILES * TILE_BYTES) + (tile & u32(LEFT_TILES - 1)) * u32(NEXT_TILE) + atom
+        side = tile // u32(LEFT_TILES)
+        atom = row // u32(ATOM_ROWS) * (u32(NEXT_ATOM[1]) if side else u32(NEXT_ATOM[0])) + row % u32(ATOM_ROWS) * u32(128)
+        return side * u32(LEFT_TILES * TILE_BYTES) + tile % u32(LEFT_TILES) * u32(NEXT_TILE) + atom
 
     @inline
     def zero_tail(k_smem, num_tokens, thread, barrier_idx):

@@ -55,7 +55,7 @@ ANNOUNCED = 3
 
 
 def make_store(config: HopperConfig) -> Callable[..., None]:
-    """(end_piece, store_piece), for the consumer warps, before and after the sums are exchanged."""
+    """(release_q, end_piece, store_piece), for the consumer warps; the last two before and after the sums are exchanged."""
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
 
     @inline
@@ -128,8 +128,8 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return stage + row * u32(64) + ((chunk ^ (row >> u32(1) & u32(3))) << u32(4))
 
     @inline
-    def row_address(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
-        """Where this thread stores its 16 bytes of a row's 64; 0 if the request has no such row. Stores the row's lse."""
+    def store_lse(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
+        """Store a row's lse; returns where this thread's 16 bytes of the row's first 64 go, 0 if the request has no such row."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
         q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
@@ -151,6 +151,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         lane = thread_idx & u32(31)
         stage = base + u32(P0_SMEM) + (thread_idx >> u32(5)) * u32(STAGE_BYTES)
         # stmatrix: lane l has the place of row l % 8 of matrix l / 8: rows 0 to 7, and 8 to 15, of one strip and of the next.
+        # So half of the matrices are 8 rows on.
         matrix_row = (lane & u32(7)) + (lane & u32(8))
         in_smem = stage_address(stage, matrix_row, lane >> u32(4))
         in_smem_next = stage_address(stage, matrix_row, (lane >> u32(4)) + u32(2))
@@ -184,6 +185,16 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return factor, lse2
 
     @inline
+    def release_q(base, lane, words, in_step):
+        """This warp is done with a piece's Q and P1: before the step of a last block that has no other beside it, which reads neither, or,
+        with an even number of blocks, at the end; only there `words` are read. (They stay until the piece after the next.)"""
+        # All lanes have read Q's last tile.
+        cuda.syncwarp()
+        if lane == 0 and (in_step or ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0):
+            # 8 consumer warps arrive, producer waits.
+            ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
+
+    @inline
     def end_piece(regs, base, words, problem, partials):
         """Free the piece's place. If its O goes to its slot, it is stored here, so that it is on its way while the sums are exchanged."""
         num_parts = ptx.ld_shared_i32(words + u32(PIECE_NUM_PARTS))
@@ -193,11 +204,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         tile_row = ((thread_idx & u32(127)) >> u32(5)) * u32(16) + (lane >> u32(2))
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
-        cuda.syncwarp()
-        if lane == 0 and ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0:
-            # 8 consumer warps arrive, producer waits: this one is done with Q and P1; with an odd number of blocks it has said so before.
-            # (The words stay until the piece after the next.)
-            ptx.mbarrier_arrive(base + u32(Q_EMPTY_SMEM))
+        release_q(base, lane, words, False)
         # A warp without rows goes to the end of a piece that may have to be merged here, and makes the code near for those that have some
         # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
         is_last = 0 < num_parts < MERGE_LEAST_PARTS
@@ -256,11 +263,11 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                     add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
                     add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
             row, rows = part.row, part.rows_of_request
-            address_a = row_address(row, words, wg, lane, rows, kv_head, heads_per_kv, lse2_a, results)
-            address_b = row_address(i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, lse2_b, results)
+            address_a = store_lse(row, words, wg, lane, rows, kv_head, heads_per_kv, lse2_a, results)
+            address_b = store_lse(i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, lse2_b, results)
             store_rows(o_rmem, factor_a, factor_b, address_a, address_b, base, thread_idx)
         elif part.counter != u64(0):
             store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
             announce(part.counter, lane)
 
-    return end_piece, store_piece
+    return release_q, end_piece, store_piece

@@ -60,8 +60,6 @@ from .memory import (
     st_shared_v4_b32,
 )
 from .mma import (
-    DESCRIPTOR_K_MAJOR,
-    DESCRIPTOR_MN_MAJOR,
     make_wgmma,
     make_wgmma_wait_group,
     matrix_descriptor,
@@ -85,8 +83,6 @@ from .tma import (
 )
 
 __all__ = [
-    "DESCRIPTOR_K_MAJOR",
-    "DESCRIPTOR_MN_MAJOR",
     "EVICT_FIRST",
     "EVICT_LAST",
     "EVICT_NORMAL",

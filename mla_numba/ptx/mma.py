@@ -21,10 +21,6 @@ def matrix_descriptor(stride_bytes: int, leading_bytes: int = 16) -> int:
     return 1 << 62 | stride_bytes >> 4 << 32 | leading_bytes >> 4 << 16
 
 
-# Tiles of 64 rows, 8,192 bytes each, one after another.
-DESCRIPTOR_K_MAJOR = matrix_descriptor(1024)
-DESCRIPTOR_MN_MAJOR = matrix_descriptor(1024, 8192)
-
 
 @instruction("wgmma.fence.sync.aligned;")
 def wgmma_fence() -> None:

@@ -37,7 +37,6 @@ def signed(value: int) -> int:
 class Instructions:
     """The intrinsics, bound to a machine."""
 
-    DESCRIPTOR_K_MAJOR, DESCRIPTOR_MN_MAJOR = real.DESCRIPTOR_K_MAJOR, real.DESCRIPTOR_MN_MAJOR
     matrix_descriptor = staticmethod(real.matrix_descriptor)
     EVICT_FIRST, EVICT_LAST, EVICT_NORMAL = real.EVICT_FIRST, real.EVICT_LAST, real.EVICT_NORMAL
 
