@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity
@@ -135,6 +135,13 @@ def run_property(target: Target, prop: Property, dims: str, *, examples: int, se
         result.status, result.message = "refused", f"the target refused all of {result.refused} cases"
     result.seconds = time.perf_counter() - start
     return result
+
+
+def together(parts: Sequence[Result]) -> Result:
+    """One row of what was drawn in parts: the first failure, if there is one; seconds are summed over processes."""
+    first = next((part for status in ("failed", "passed") for part in parts if part.status == status), parts[0])
+    return replace(first, cases=sum(part.cases for part in parts), refused=sum(part.refused for part in parts),
+                   worst=max(part.worst for part in parts), seconds=sum(part.seconds for part in parts))
 
 
 def replay(target: Target, prop: Property, case: MLACase) -> Result:

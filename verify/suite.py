@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 from unittest import mock
 
@@ -40,8 +41,40 @@ def find_targets(options: argparse.Namespace, console: Console) -> list[Target]:
     return targets
 
 
-# A row of the table to be: target, dims, property, examples.
-Row = tuple[Target, str, Property, int]
+# The most cases that one process draws of a row: a row of thousands is drawn in parts, whatever the number of processes.
+PART_EXAMPLES = 200
+# Between the seeds of two parts, so that those of no two `--seed` meet.
+_NEXT_PART = 1 << 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row of the table to be, or a part of one."""
+
+    row: int
+    part: int
+    target: int             # its place among the targets, which other processes have, too
+    dims: str
+    property: str
+    examples: int
+
+    def run(self, options: argparse.Namespace, targets: Sequence[Target],
+            on_case: Callable[[runner.Result], None] = lambda result: None) -> runner.Result:
+        return runner.run_property(targets[self.target], PROPERTIES[self.property], self.dims, examples=self.examples,
+                                   seed=options.seed + self.part * _NEXT_PART, shrink_s=runner.PROFILES[options.profile].shrink_s,
+                                   on_case=on_case)
+
+
+def parts_of(targets: Sequence[Target], plan: Sequence[tuple[Target, str, Property, int]]) -> list[Part]:
+    """The rows, cut into nearly equal parts."""
+    parts = []
+    for row, (target, dims, prop, examples) in enumerate(plan):
+        count = max(1, -(-examples // PART_EXAMPLES))
+        parts += [Part(row, part, targets.index(target), dims, prop.name, examples * (part + 1) // count - examples * part // count)
+                  for part in range(count)]
+    return parts
+
+
 # Of a process among several: its own targets.
 _targets: list[Target] = []
 
@@ -50,24 +83,18 @@ def _begin_process(options: argparse.Namespace) -> None:
     _targets[:] = find_targets(options, Console(quiet=True))
 
 
-def _run_row(options: argparse.Namespace, row: Row, on_case: Callable[[runner.Result], None] = lambda result: None) -> runner.Result:
-    target, dims, prop, examples = row
-    return runner.run_property(target, prop, dims, examples=examples, seed=options.seed,
-                               shrink_s=runner.PROFILES[options.profile].shrink_s, on_case=on_case)
+def _run_apart(options: argparse.Namespace, part: Part) -> runner.Result:
+    return part.run(options, _targets)
 
 
-def _run_apart(options: argparse.Namespace, target: int, dims: str, prop: str, examples: int) -> runner.Result:
-    return _run_row(options, (_targets[target], dims, PROPERTIES[prop], examples))
-
-
-def _in_processes(options: argparse.Namespace, targets: Sequence[Target], plan: Sequence[Row]) -> Iterator[tuple[int, runner.Result]]:
-    """(number of the row, result), as rows are done."""
+def _in_processes(options: argparse.Namespace, parts: Sequence[Part]) -> Iterator[tuple[Part, runner.Result]]:
+    """Parts and their results, as they are done."""
     # A thread each, as together they have the machine's cores: said in the environment that they are born into, and not in this process.
     threads = {f"{library}_NUM_THREADS": os.environ.get(f"{library}_NUM_THREADS", "1") for library in ("OMP", "OPENBLAS", "NUMBA")}
     with (mock.patch.dict(os.environ, threads),
           ProcessPoolExecutor(options.jobs, get_context("spawn"), _begin_process, (options,)) as pool):
-        futures = {pool.submit(_run_apart, options, targets.index(target), dims, prop.name, examples): number
-                   for number, (target, dims, prop, examples) in enumerate(plan)}
+        # The dims whose cases take longest are the last ones.
+        futures = {pool.submit(_run_apart, options, part): part for part in reversed(parts)}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
@@ -75,21 +102,22 @@ def _in_processes(options: argparse.Namespace, targets: Sequence[Target], plan: 
 def run_suite(options: argparse.Namespace, targets: Sequence[Target], console: Console) -> list[runner.Result]:
     """Every property against every target, with a progress bar."""
     plan = list(runner.plan_runs(targets, runner.select(options.property), options.dims, runner.PROFILES[options.profile]))
-    results: dict[int, runner.Result] = {}
+    parts = parts_of(targets, plan)
+    results: dict[Part, runner.Result] = {}
     columns = (TextColumn("{task.description}", table_column=None), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=sum(examples for *_, examples in plan))
+        bar = progress.add_task("", total=sum(part.examples for part in parts))
         done = 0
 
-        def in_turn() -> Iterator[tuple[int, runner.Result]]:
-            for number, row in enumerate(plan):
-                progress.update(bar, description=f"{row[0].name} {row[1]} {row[2].name}")
-                yield number, _run_row(options, row, lambda result: progress.update(bar, completed=done + result.cases))
+        def in_turn() -> Iterator[tuple[Part, runner.Result]]:
+            for part in parts:
+                progress.update(bar, description=f"{targets[part.target].name} {part.dims} {part.property}")
+                yield part, part.run(options, targets, lambda result: progress.update(bar, completed=done + result.cases))
 
-        for number, result in _in_processes(options, targets, plan) if options.jobs > 1 else in_turn():
-            done += plan[number][3]
+        for part, result in _in_processes(options, parts) if options.jobs > 1 else in_turn():
+            done += part.examples
             progress.update(bar, description=f"{result.target} {result.dims} {result.property}", completed=done)
-            results[number] = result
+            results[part] = result
             if result.status == "failed":
                 console.print(f"FAILED {result.target} {result.message}\n", style="red", highlight=False, markup=False, soft_wrap=True)
-    return [results[number] for number in range(len(plan))]
+    return [runner.together([results[part] for part in parts if part.row == row]) for row in range(len(plan))]

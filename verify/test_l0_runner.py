@@ -8,13 +8,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from reference import mla_decode_emulated
-from verify import runner
+from verify import runner, suite
 from verify.__main__ import main
 from verify.cases import Inputs, MLACase
 from verify.properties import PROPERTIES
@@ -85,8 +86,9 @@ def test_a_right_target_passes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "all properties hold" in text and "not applicable" in text
 
 
-def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same rows in the same order. (What Hypothesis draws depends on the modules that a process has loaded, too.)"""
+def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows in the same order, drawn in parts. (What Hypothesis draws depends on the modules that a process has loaded, too.)"""
+    monkeypatch.setattr(suite, "PART_EXAMPLES", 15)
     before = os.environ.get("NUMBA_NUM_THREADS")
     some = [option for name in ("equals_float64", "poison", "batch_invariant") for option in ("--property", name)]
     rows = []
@@ -94,13 +96,31 @@ def test_processes_share_the_properties(tmp_path: Path, capsys: pytest.CaptureFi
         assert verify("right", *some, "--jobs", jobs, "--json", str(tmp_path / jobs)) == 0
         report = json.loads((tmp_path / jobs).read_text())
         rows.append([{key: value for key, value in row.items() if key not in ("seconds", "worst")} for row in report["results"]])
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert rows[0] == rows[1] and [row["cases"] for row in rows[0]] == [120, 40, 0]
     # As a program, whose __main__ its processes do not have.
     program = [sys.executable, "-m", "verify", "--target", "verify.test_l0_runner:right", "--profile", "quick", "--dims", "small"]
     assert subprocess.run([*program, *some, "--jobs", "2"], cwd=Path(__file__).parents[1], check=False, capture_output=True).returncode == 0
     assert verify("wrong", *some, "--jobs", "2") == 1
     assert "FAILED verify.test_l0_runner:wrong equals_float64" in capsys.readouterr().out
     assert os.environ.get("NUMBA_NUM_THREADS") == before, "Numba refuses to compile after such a change"
+
+
+def test_a_row_is_cut_into_parts_of_other_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, prop = external("verify.test_l0_runner:right"), PROPERTIES["poison"]
+    parts = suite.parts_of([target], [(target, "small", prop, 3000), (target, "small", prop, 1)])
+    assert [part.examples for part in parts] == [200] * 15 + [1] and [part.row for part in parts] == [0] * 15 + [1]
+    seeds = []
+    monkeypatch.setattr(runner, "run_property", lambda *args, seed, **kwargs: seeds.append(seed))
+    for part in parts[:15]:
+        part.run(SimpleNamespace(seed=7, profile="deep"), [target])
+    assert seeds[0] == 7 and len(set(seeds)) == 15
+
+
+def test_parts_together_fail_if_one_fails() -> None:
+    done = [runner.Result("t", "small", "p", "passed", 20, 1, 0.5, 2.0), runner.Result("t", "small", "p", "refused", 0, 30, 0.0, 1.0)]
+    assert runner.together(done[::-1]) == runner.Result("t", "small", "p", "passed", 20, 31, 0.5, 3.0)
+    failed = runner.Result("t", "small", "p", "failed", 3, 0, 0.7, 1.0, "message", "case")
+    assert runner.together([*done, failed]) == runner.Result("t", "small", "p", "failed", 23, 31, 0.7, 4.0, "message", "case")
 
 
 @pytest.mark.parametrize("name", ["wrong", "misshapen", "crashing", "racing"])
