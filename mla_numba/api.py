@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from . import validate
-from .arrays import ArrayView, address_of, allocator, empty_like_kind, fingerprint, on_device, stream_handle, to_host, view
+from .arrays import (
+    ArrayView,
+    address_of,
+    allocator,
+    device_words,
+    empty_like_kind,
+    fingerprint,
+    on_device,
+    stream_handle,
+    to_host,
+    view,
+)
 from .config import DecodeShape
 from .contract import DTYPES, HEAD_DIM_QK, HEAD_DIM_V
 from .dispatch import backend_module, choose_backend
@@ -18,7 +29,7 @@ from .host.launch import numba_stream
 from .host.schedule import Schedule, make_host_schedule
 from .scheduler import JOB_REQUEST, JOB_SEQ_LEN
 
-# Calls kept for plans of one shape; they may differ in strides and options.
+# Calls kept for plans of one shape, and without a plan; they may differ in strides and options.
 _MAX_PREPARED_CALLS = 16
 
 
@@ -51,6 +62,7 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def _prepared_calls(*_plan: Any) -> "list[_PreparedCall]":
+    """Without arguments: of calls that plan for themselves."""
     return []
 
 
@@ -116,7 +128,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
         num_workers = validate.require_count(num_workers, "num_workers")
     name = choose_backend(backend, shape, lens.device)
     with on_device(lens.device):
-        return make_plan(name, shape, lens, cu_seqlens, stream_int, num_workers=num_workers)
+        return make_plan(name, shape, lens, cu_seqlens, stream, num_workers=num_workers)
 
 
 def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_dim_v: int = HEAD_DIM_V,
@@ -176,7 +188,8 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     The contract follows FlashMLA 9241ae3 (`flash_mla_with_kvcache`), widened to any page size, ragged queries and any head count.
     """
     found = None
-    if isinstance(plan, Plan):
+    if plan is None or isinstance(plan, Plan):
+        prepared = _prepared_calls() if plan is None else plan._prepared
         given = [array for array in (q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse) if array is not None]
         found = fingerprint(given)
         if found is not None:
@@ -184,10 +197,10 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
             # Types come first: True is 1, and 512 is 512.0, where the rules tell them apart.
             key += (type(head_dim_v), type(softmax_scale), type(causal), type(batch_invariant), type(empty_lse), type(check_values),
                     type(backend), head_dim_v, softmax_scale, causal, batch_invariant, empty_lse, check_values, backend,
-                    cu_seqlens_q is None, out is None, lse is None)
-            for call in plan._prepared:
+                    cu_seqlens_q is None, out is None, lse is None, stream is None)
+            for call in prepared:
                 if call.key == key and call.keeps_results_apart(addresses):
-                    return call(plan.schedule, addresses, out, lse, stream)
+                    return call(None if plan is None else plan.schedule, addresses, out, lse, stream)
 
     inputs = [view(q, "q"), view(kv_cache, "kv_cache"), view(block_table, "block_table"), view(seq_lens, "seq_lens")]
     q_view, kv_view, table_view, lens_view = inputs
@@ -220,8 +233,12 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         return _owner(out_view), _owner(lse_view)
 
     with on_device(q_view.device):
+        scheduler = None
         if plan is None:
-            plan = make_plan(name, shape, lens_view, cu_view, stream_int)
+            scheduler = _scheduler(name, shape, lens_view, stream)
+            schedule = scheduler(lens_view, cu_view, stream_int)
+        else:
+            schedule = plan.schedule
         if shape.ragged:
             q_view, unified_out, unified_lse = q_view.with_leading_axis(), out_view.with_leading_axis(), lse_view.with_leading_axis()
         else:
@@ -230,28 +247,32 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         memory = _Memory(name, stream_int, getattr(module, "TAKES_DESCRIPTIONS", False))
         arguments = [memory.read(array) for array in (q_view, kv_view, table_view)]
         results = [memory.write(array) for array in (unified_out, unified_lse)]
-        launch = module.decode(shape, plan.schedule, *arguments, *results, scale, empty, stream_int)
+        launch = module.decode(shape, schedule, *arguments, *results, scale, empty, stream_int)
         memory.finish()
         can_repeat = found is not None and q_view.device is not None and not check_values and launch is not None
+        # Without a plan the number of pieces, and so the launch, may be another one the next time.
+        can_repeat &= plan is not None or not batch_invariant
         # One is there already if this call was not repeated because the results given lie among the inputs.
-        if can_repeat and all(call.key != key for call in plan._prepared):
+        if can_repeat and all(call.key != key for call in prepared):
             given_views = [result for result, array in ((out_view, out), (lse_view, lse)) if array is not None]
-            plan._prepared.insert(0, _PreparedCall(key, launch, inputs, given_views, out_view.shape, lse_view.shape))
-            del plan._prepared[_MAX_PREPARED_CALLS:]
+            prepared.insert(0, _PreparedCall(key, launch, scheduler, inputs, given_views, out_view.shape, lse_view.shape))
+            del prepared[_MAX_PREPARED_CALLS:]
     return _owner(out_view), _owner(lse_view)
 
 
 class _PreparedCall:
     """A call that kept every rule, ready to be made again with arrays at other addresses. It holds on to no array."""
 
-    def __init__(self, key: list[Any], launch: Callable[..., None], inputs: Sequence[ArrayView], results: Sequence[ArrayView],
-                 out_shape: tuple[int, ...], lse_shape: tuple[int, ...]):
+    def __init__(self, key: list[Any], launch: Callable[..., None], scheduler: "_Scheduler | None", inputs: Sequence[ArrayView],
+                 results: Sequence[ArrayView], out_shape: tuple[int, ...], lse_shape: tuple[int, ...]):
         q = inputs[0]
         # All that the rules and the launch depend on but the addresses, the stream and the plan's tables.
         self.key = key
         self._launch, self._kind, self._device, self._address_of = launch, q.kind, q.device, address_of(q.kind)
         self._new_out, self._new_lse = allocator(q, out_shape, q.dtype), allocator(q, lse_shape, "float32")
         self._num_inputs = len(inputs)
+        # Lengths and offsets, for calls that plan for themselves.
+        self._scheduler, self._lengths = scheduler, [replace(array, owner=None) for array in inputs[3:]]
         self._extents = [array.extent for array in (*inputs, *results)]
 
     def keeps_results_apart(self, addresses: Sequence[int]) -> bool:
@@ -263,12 +284,15 @@ class _PreparedCall:
                     return False
         return True
 
-    def __call__(self, schedule: Schedule, addresses: Sequence[int], out: Any, lse: Any, stream: Any) -> tuple[Any, Any]:
+    def __call__(self, schedule: Schedule | None, addresses: Sequence[int], out: Any, lse: Any, stream: Any) -> tuple[Any, Any]:
         handle = stream_handle(stream, self._kind, self._device)
         if out is None:
             out = self._new_out()
         if lse is None:
             lse = self._new_lse()
+        if schedule is None:
+            lengths = [replace(array, pointer=address) for array, address in zip(self._lengths, addresses[3:], strict=False)]
+            schedule = self._scheduler(lengths[0], lengths[1] if len(lengths) > 1 else None, handle)  # type: ignore[misc]
         self._launch(schedule, handle, addresses[0], addresses[1], addresses[2], self._address_of(out), self._address_of(lse))
         return out, lse
 
@@ -383,16 +407,36 @@ class _Memory:
             host[...] = device.copy_to_host()
 
 
-def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: int,
+def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: Any,
               **overrides: int | None) -> Plan:
-    """A plan from arguments that have been validated; `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice."""
+    """A plan from arguments that have been validated, on the current device; `overrides` as `_scheduler`'s."""
+    make_schedule = _scheduler(name, shape, seq_lens, stream, **overrides)
+    return Plan(name, shape, seq_lens.device, make_schedule(seq_lens, cu_seqlens_q, stream_handle(stream, seq_lens.kind, seq_lens.device)))
+
+
+# Lengths, offsets and the stream's handle become a schedule.
+_Scheduler = Callable[[ArrayView, ArrayView | None, int], Schedule]
+
+
+def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, **overrides: int | None) -> _Scheduler:
+    """For lengths in the place of `like`, of which it holds on to nothing, and the stream that the caller named.
+
+    `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice.
+    """
     module: ModuleType = backend_module(name)
     changes: dict[str, Any] = {field_name: value for field_name, value in overrides.items() if value is not None}
     config = replace(module.schedule_config(shape), **changes)
-    memory = _Memory(name, stream)
-    lens = memory.read(seq_lens)
-    offsets = None if cu_seqlens_q is None else memory.read(cu_seqlens_q)
-    return Plan(name, shape, seq_lens.device, module.make_schedule(config, shape, lens, offsets, stream))
+    # What torch and CuPy are given back they give to the next who asks on the stream that was current, and on no other one.
+    new_words = device_words(like, by_its_library=stream is None)
+
+    def make_schedule(seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: int) -> Schedule:
+        memory = _Memory(name, stream, getattr(module, "TAKES_DESCRIPTIONS", False))
+        lens = memory.read(seq_lens)
+        offsets = None if cu_seqlens_q is None else memory.read(cu_seqlens_q)
+        schedule: Schedule = module.make_schedule(config, shape, lens, offsets, stream, new_words)
+        return schedule
+
+    return make_schedule
 
 
 def _require_fitting(plan: Plan, backend: str, shape: DecodeShape, q: ArrayView) -> None:

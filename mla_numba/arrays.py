@@ -171,6 +171,44 @@ def allocator(like: ArrayView, shape: Sequence[int], dtype: str) -> Callable[[],
     return empty
 
 
+def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple[Any, int]]:
+    """The function that makes so many int32 in device memory, and tells where; it holds on to nothing of `like`.
+
+    By the library of `like`, if that is torch or CuPy: they keep what is freed, which takes no time, and makes graphs that are captured
+    their own. Else by Numba.
+    """
+    if by_its_library and like.device is not None and like.kind in ("torch", "cupy"):
+        empty: Callable[[int], Any]
+        if like.kind == "torch":
+            import torch
+
+            empty = partial(torch.empty, dtype=torch.int32, device=like.owner.device)
+        else:
+            import cupy
+
+            device = like.device
+
+            def empty(count: int) -> Any:
+                with cupy.cuda.Device(device):
+                    return cupy.empty(count, np.int32)
+
+        address = address_of(like.kind)
+
+        def words(count: int) -> tuple[Any, int]:
+            array = empty(count)
+            return array, address(array)
+
+        return words
+
+    def numba_words(count: int) -> tuple[Any, int]:
+        from numba import cuda
+
+        array = cuda.device_array(count, np.int32)
+        return array, 0 if cuda.config.ENABLE_CUDASIM else int(array.__cuda_array_interface__["data"][0])
+
+    return numba_words
+
+
 def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
     """A new array of the library and in the place of `like`; contents undefined."""
     shape = tuple(shape)

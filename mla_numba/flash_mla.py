@@ -13,7 +13,7 @@ from typing import Any
 
 from . import validate
 from .api import Plan, make_plan, mla_decode, plan_decode
-from .arrays import ArrayView, on_device, stream_handle, table_like_kind, view
+from .arrays import ArrayView, on_device, table_like_kind, view
 from .config import DecodeShape
 from .contract import HEAD_DIM_QK, HEAD_DIM_V
 from .dispatch import choose_backend
@@ -158,9 +158,8 @@ def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache
 
 def _metadata(shape: DecodeShape, seq_lens: ArrayView) -> tuple[Any, Any]:
     """(num_sm_parts, 8), (batch + 1,): FlashMLA's tables, where a job is a whole request, in the library of `seq_lens`."""
-    stream = stream_handle(None, seq_lens.kind, seq_lens.device)
     with on_device(seq_lens.device):
-        schedule = make_plan(choose_backend("auto", shape, seq_lens.device), shape, seq_lens, None, stream,
+        schedule = make_plan(choose_backend("auto", shape, seq_lens.device), shape, seq_lens, None, None,
                              rows_per_job=max(shape.seq_len_q * shape.heads_per_kv, 1)).schedule
         return table_like_kind(schedule.workers, seq_lens), table_like_kind(schedule.num_splits, seq_lens)
 

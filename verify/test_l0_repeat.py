@@ -76,8 +76,8 @@ class _Library:
         self.module = types.ModuleType(name)
         self.module.strided = "strided"
         self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype)
-        self.module.empty = self.new
-        for dtype in ("bfloat16", "float32"):
+        self.module.empty = lambda shape, dtype, device=None: self.new(shape if isinstance(shape, tuple) else (shape,), dtype)
+        for dtype in ("bfloat16", "float32", "int32"):
             setattr(self.module, dtype, dtype)
         self.module._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: self.stream)
         self.module.cuda = SimpleNamespace(Device=lambda device: nullcontext(),
@@ -142,7 +142,8 @@ class _Run:
         monkeypatch.setattr(gpu, "cuda", SimpleNamespace(
             gpus=[_Machine(self.driver)],
             to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
-        monkeypatch.setattr(gpu, "load_kernel", lambda spec, device_idx: spec)
+        monkeypatch.setattr(hopper, "cuda", SimpleNamespace(gpus=[_Machine(self.driver)], get_current_device=lambda: SimpleNamespace(id=0)))
+        monkeypatch.setattr(gpu, "load_kernels", lambda specs, device_idx: specs)
         self.encoded: list[tuple] = []
         monkeypatch.setattr(gpu, "encode", lambda *key: self.encoded.append(key) or hash(key).to_bytes(128, "little", signed=True))
         device = gpu.Gpu(0)
@@ -163,13 +164,13 @@ class _Run:
 
     def make_plan(self, base=2**30):
         shape = DecodeShape(_BATCH, 1, _BATCH, _HEADS, 1, 576, 512, 64, "bfloat16", causal=True, batch_invariant=False)
-        tables = (SimpleNamespace(__cuda_array_interface__={"data": (base + i * 4096, False)}) for i in range(6))
-        return Plan("hopper", shape, 0, Schedule(hopper.schedule_config(shape, 132), *tables, num_slots=8))
+        addresses = {name: base + i * 4096 for i, name in enumerate(("jobs", "workers", "starts", "merges", "totals"))}
+        return Plan("hopper", shape, 0, Schedule(hopper.schedule_config(shape, 132), None, {}, addresses, num_slots=8))
 
-    def __call__(self, arrays=None, plan=None, **options):
+    def __call__(self, arrays=None, plan=None, planned=True, **options):
         """(results, launches, copies) of a call."""
         self.driver.launches, self.copies[:] = [], []
-        results = mla_decode(**(arrays or self.library.inputs()), plan=plan or self.plan, **options)
+        results = mla_decode(**(arrays or self.library.inputs()), plan=plan or (self.plan if planned else None), **options)
         return results, self.driver.launches, list(self.copies)
 
     def as_the_first(self, *arguments, **options):
@@ -225,6 +226,38 @@ def test_layers_and_steps_of_one_shape_share_what_is_prepared(run):
     validated = run.validated
     _, *launched = run(run.library.inputs(base=64 * _MB), plan=later)
     assert run.validated == validated and launched == expected
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+def test_a_call_without_a_plan_is_repeated_too(run, ragged):
+    """Three launches, the first of which fills the tables that the others read; their memory is of the caller's library."""
+    def inputs(base):
+        offsets = {"cu_seqlens_q": run.library.array(base + 8 * _MB, (_BATCH + 1,), np.int32)} if ragged else {}
+        q = {"q": run.library.array(base, (5, _HEADS, 576))} if ragged else {}
+        return run.library.inputs(base, **q, **offsets)
+
+    run(inputs(_MB), planned=False)
+    validated, begin = run.validated, run.library.next
+    _, launches, _ = run(inputs(64 * _MB), planned=False)
+    assert run.validated == validated, "it went the long way"
+    assert [launch[0].partition("-")[0] for launch in launches] == ["schedule", "hopper_decode", "hopper_merge"]
+    plan, decode, merge = (launch[4] for launch in launches)
+    # Arrays: two owners, size, bytes of an element, address, shape, strides. Addresses of the lengths, of the offsets, of `jobs`.
+    assert (plan[4], plan[11]) == (67 * _MB, (72 if ragged else 67) * _MB) and begin < plan[29] <= run.library.next
+    assert decode[0] == plan[29] and merge[1] - merge[0] > 0
+    api._prepared_calls().clear()
+    run.library.next = begin
+    assert run(inputs(64 * _MB), planned=False)[1] == launches
+
+
+def test_what_is_read_back_or_on_a_named_stream_is_not_of_the_current_one(run, monkeypatch):
+    """`batch_invariant` plans anew by the lengths; tables for a stream that the library does not know are Numba's."""
+    made = []
+    monkeypatch.setattr("numba.cuda.device_array", lambda count, dtype: made.append(count) or SimpleNamespace(
+        __cuda_array_interface__={"data": (2**45, False)}))
+    for repeats in (0, 1):
+        _, launches, _ = run(planned=False, stream=7)
+        assert launches[0][2] == 7 and len(made) == repeats + 1 and run.validated == 1
 
 
 def test_tensor_maps_are_made_once_whoever_prepares_the_call(run):
@@ -340,11 +373,12 @@ def test_a_bounded_number_of_calls_is_kept(run):
     assert len(run.plan._prepared) == api._MAX_PREPARED_CALLS
 
 
-def test_no_array_is_kept_alive(run):
+@pytest.mark.parametrize("planned", [True, False])
+def test_no_array_is_kept_alive(run, planned):
     arrays = run.library.inputs()
     given = dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
     for options in (given, {}, given, {}):
-        results, _, _ = run(arrays, **options)
+        results, _, _ = run(arrays, planned=planned, **options)
     alive = [weakref.ref(array) for array in (*arrays.values(), *given.values(), *results)]
     del arrays, given, results, options
     gc.collect()

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import cuda
 
 from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div
-from mla_numba.host.schedule import make_device_schedule, make_host_schedule
+from mla_numba.host import simt
+from mla_numba.host.schedule import make_host_schedule
 from mla_numba.scheduler import (
     BEGIN_BLOCK,
     BEGIN_JOB,
@@ -260,7 +262,7 @@ def test_device_builds_the_same_tables(problem):
     """In the simulator 8 threads build what one does on the host."""
     config, shape, lens, cu_seqlens_q = problem
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
-    device = make_device_schedule(config, shape, lens, cu_seqlens_q, 0)
+    device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0))
     for name in ("jobs", "workers", "starts", "num_splits", "merges", "totals"):
         rows = host.totals[TOTAL_MERGES] if name == "merges" else None
         np.testing.assert_array_equal(getattr(device, name).copy_to_host()[:rows], getattr(host, name)[:rows], err_msg=name)

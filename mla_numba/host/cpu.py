@@ -20,7 +20,7 @@ from ..config import DecodeShape, ScheduleConfig
 from ..contract import INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..kernels import cpu_math
 from ..kernels.cpu import SGEMM, compile_kernels
-from .schedule import Schedule, make_host_schedule
+from .schedule import NewWords, Schedule, make_host_schedule
 
 _BLAS_MODULE = "scipy.linalg.cython_blas"
 _LOCK = threading.Lock()
@@ -69,7 +69,7 @@ def schedule_config(shape: DecodeShape) -> ScheduleConfig:
 
 
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None,
-                  stream: Any) -> Schedule:
+                  stream: int, new_words: NewWords) -> Schedule:
     return make_host_schedule(config, shape, seq_lens, cu_seqlens_q)
 
 

@@ -10,7 +10,8 @@ import importlib.metadata
 import os
 import pathlib
 import tempfile
-import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -20,9 +21,6 @@ from numba import cuda
 from .launch import KernelSpec
 
 _SOURCES = ("ptx/*.py", "kernels/*.py", "contract.py", "scheduler.py", "config.py")
-
-# Seconds spent compiling in this process, by kernel name; kernels that came from disk are not in it.
-compile_seconds: dict[str, float] = {}
 
 
 def checked(result: tuple[Any, ...], what: str) -> Any:
@@ -50,18 +48,25 @@ def cache_dir() -> pathlib.Path:
 
 
 def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
-    """The cubin of a kernel for sm_90a, and the linker's report. Needs no GPU.
+    """The cubin of a kernel for sm_90a, and the linker's report. Needs no GPU."""
+    return _link(_to_ltoir(spec))
 
-    By link-time optimisation, of the whole program: of one part among others, as Numba's PTX would be, nvJitLink ignores setmaxnreg
+
+def _to_ltoir(spec: KernelSpec) -> bytes:
+    code, _ = cuda.compile(spec.kernel(), spec.types(), device=False, abi="numba", cc=(9, 0, "a"), output="ltoir", fastmath=spec.fastmath,
+                           launch_bounds=(spec.num_threads, spec.blocks_per_sm))
+    return bytes(code)
+
+
+def _link(ltoir: bytes) -> tuple[bytes, str]:
+    """By link-time optimisation, of the whole program: of one part among others, as Numba's PTX would be, nvJitLink ignores setmaxnreg
     (C7504), keeps to 168 registers, spills and serialises every wgmma (C7509): 102 TFLOPS where this gives 606 (H200, batch 66 x
     128 heads x 4,096 tokens).
     """
-    code, _ = cuda.compile(spec.kernel(), spec.types(), device=False, abi="numba", cc=(9, 0, "a"), output="ltoir", fastmath=spec.fastmath,
-                           launch_bounds=(spec.num_threads, spec.blocks_per_sm))
     options = ["-arch=sm_90a", "-lto", "-verbose"]
     linker = nvjitlink.create(len(options), options)
     try:
-        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, code, len(code), "kernel")
+        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
         nvjitlink.complete(linker)
         cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
         nvjitlink.get_linked_cubin(linker, cubin)
@@ -72,18 +77,32 @@ def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
     return bytes(cubin), report.rstrip(b"\0").decode()
 
 
-def load_kernel(spec: KernelSpec, device_idx: int) -> Any:
-    """The driver's handle of the kernel."""
+def load_kernels(specs: Sequence[KernelSpec], device_idx: int) -> list[Any]:
+    """The driver's handles of kernels. Of those that are not on disk Numba compiles one after the other, and what it has done is linked
+    meanwhile."""
+    with ThreadPoolExecutor() as linkers:
+        found: list[bytes | Future[tuple[bytes, str]]] = []
+        for spec in specs:
+            try:
+                found.append(_path(spec).read_bytes())
+            except OSError:
+                found.append(linkers.submit(_link, _to_ltoir(spec)))
+    handles = []
+    for spec, code in zip(specs, found, strict=True):
+        if isinstance(code, Future):
+            code, _ = code.result()
+            _keep(_path(spec), code)
+        handles.append(_load(spec, code, device_idx))
+    return handles
+
+
+def _path(spec: KernelSpec) -> pathlib.Path:
     compiled_for = f"{spec.num_threads} {spec.fastmath} {spec.blocks_per_sm}"
     key = hashlib.sha256(f"{_sources_digest()} {spec.name} {spec.types()} {compiled_for}".encode()).hexdigest()
-    path = cache_dir() / f"{spec.name}-{key[:32]}.cubin"
-    try:
-        code = path.read_bytes()
-    except OSError:
-        begin = time.perf_counter()
-        code, _ = compile_kernel(spec)
-        compile_seconds[spec.name] = time.perf_counter() - begin
-        _keep(path, code)
+    return cache_dir() / f"{spec.name}-{key[:32]}.cubin"
+
+
+def _load(spec: KernelSpec, code: bytes, device_idx: int) -> Any:
     library = checked(driver.cuLibraryLoadData(code, None, None, 0, None, None, 0), f"cuLibraryLoadData of {spec.name}")
     (kernel,) = checked(driver.cuLibraryEnumerateKernels(1, library), "cuLibraryEnumerateKernels")
     if spec.smem_bytes > 0:

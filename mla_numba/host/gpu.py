@@ -10,11 +10,11 @@ from numba import cuda
 from numba.cuda import types
 
 from ..config import ceil_div
-from .cubin import checked, load_kernel
+from .cubin import checked, load_kernels
 from .launch import KernelSpec, Strided, configured, numba_stream
 from .tensor_map import encode
 
-# struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, and all others are addresses.
+# struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, arrays are what `launch.array_words` makes of them.
 _LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
 # What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
@@ -26,8 +26,14 @@ _MAX_MAPS = 4096
 
 def formats(signature: Any) -> str:
     """How struct packs the arguments of a kernel."""
-    return "".join(f"{8 * argument.count}s" if isinstance(argument, types.UniTuple) else _LETTERS.get(str(argument), "Q")
-                   for argument in signature.args)
+    def letters(argument: Any) -> str:
+        if isinstance(argument, types.UniTuple):
+            return f"{8 * argument.count}s"
+        if isinstance(argument, types.Array):
+            return "QQqqQ" + 2 * argument.ndim * "q"
+        return _LETTERS[str(argument)]
+
+    return "".join(map(letters, signature.args))
 
 
 class _Kernel:
@@ -50,11 +56,13 @@ class _Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self._spec.num_threads, 1, 1
         config.sharedMemBytes, config.hStream = self._spec.smem_bytes, driver.CUstream(stream)
-        # Blocks may come onto the machine while the kernel before ends; they wait for it with griddepcontrol.wait.
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes = [attribute]
+        attributes = []
+        if self._spec.waits_itself:
+            # Blocks may come onto the machine while the kernel before ends.
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(early)
         if self._spec.cluster_size > 1:
             cluster = driver.CUlaunchAttribute()
             cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
@@ -98,11 +106,21 @@ class Gpu:
             kept.append((num_floats, int(memory.__cuda_array_interface__["data"][0]), memory))
         return kept[-1][1]
 
+    def load(self, *specs: KernelSpec) -> None:
+        """Have these kernels ready; together they are sooner."""
+        missing = [spec for spec in specs if spec not in self._kernels]
+        if missing:
+            with self._numba:
+                functions = load_kernels(missing, self._device_idx)
+            for spec, function in zip(missing, functions, strict=True):
+                self._kernels[spec] = _Kernel(function, formats(spec.types()), spec)
+
     def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        """Launch a kernel; it may start before the one ahead of it in the stream has ended."""
+        """Launch a kernel; one that waits itself may start before the one ahead of it in the stream has ended."""
         kernel = self._kernels.get(spec)
         if kernel is None:
-            kernel = self._kernels[spec] = _Kernel(load_kernel(spec, self._device_idx), formats(spec.types()), spec)
+            self.load(spec)
+            kernel = self._kernels[spec]
         kernel.pack(*arguments)
         config = kernel.configs.get((grid, stream)) or kernel.config(grid, stream)
         # Numba's way of making a device current costs more than a launch (5.6 and 3.7 us, H100 machine).

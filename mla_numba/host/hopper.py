@@ -1,5 +1,6 @@
 """Backend `hopper`: TMA and wgmma kernels for compute capability 9.0. Arrays are described, not wrapped: a launch packs addresses."""
 
+import math
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -12,12 +13,12 @@ from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..scheduler import MERGE_MAX_SHARES
 from . import simt
-from .launch import ArrayMemory, KernelSpec, Strided, numba_stream
-from .schedule import Schedule, make_device_schedule
+from .launch import ArrayMemory, KernelSpec, Strided, array_words
+from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
 
 COMPUTE_CAPABILITY = (9, 0)
-# `decode` is given arrays as they are described, not as Numba device arrays.
+# It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
 # fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
@@ -90,8 +91,31 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleC
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 
-def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_seqlens_q: Any | None, stream: int) -> Schedule:
-    return make_device_schedule(config, shape, seq_lens, cu_seqlens_q, numba_stream(stream))
+def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMemory, cu_seqlens_q: ArrayMemory | None, stream: int,
+                  new_words: NewWords) -> Schedule:
+    from ..kernels.hopper_config import BLOCK_M
+    from .gpu import gpu
+
+    device, row_tiles = gpu(seq_lens.device or 0), config.rows_per_job // BLOCK_M
+    if config.rows_per_job == row_tiles * BLOCK_M and row_tiles <= _MAX_TEAM:
+        # Not a plan that is only looked at (flash_mla): its decode comes next.
+        device.load(decode_spec(shape.dtype, shape.page_size, row_tiles), merge_spec(shape.dtype), schedule_spec())
+    offsets = seq_lens if cu_seqlens_q is None else cu_seqlens_q
+    lengths = [word for array in (seq_lens, offsets) for word in array_words(array.pointer, array.shape, array.strides)]
+
+    def build(schedule: Schedule) -> None:
+        tables = [word for name, (_, size) in schedule.places.items()
+                  for word in array_words(schedule.addresses[name], size, _int32_strides(size))]
+        with _launch_lock:
+            device.launch(schedule_spec(), (1, 1, 1), stream, *lengths, *build_arguments(config, shape), *tables)
+
+    return make_device_schedule(config, shape, new_words, build, stream)
+
+
+@lru_cache(maxsize=_MAX_KEPT)
+def _int32_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Byte strides of int32 in C order."""
+    return tuple(4 * math.prod(shape[i + 1:]) for i in range(len(shape)))
 
 
 class Device(Protocol):
@@ -130,6 +154,13 @@ def merge_spec(dtype: str) -> KernelSpec:
     # Not fastmath: here infinities are data.
     return KernelSpec("hopper_merge", "make_merge_kernel", (dtype,), "merge_signature", NUM_THREADS, 0, fastmath=False,
                       blocks_per_sm=BLOCKS_PER_SM)
+
+
+@cache
+def schedule_spec() -> KernelSpec:
+    from ..kernels.schedule import NUM_THREADS
+
+    return KernelSpec("schedule", "make_schedule_kernel", (), "schedule_signature", NUM_THREADS, 0, fastmath=False, waits_itself=False)
 
 
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.

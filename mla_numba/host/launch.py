@@ -1,6 +1,7 @@
 """What is launched: kernels by their specification, arrays by where they lie."""
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class KernelSpec:
     fastmath: bool
     blocks_per_sm: int = 1  # that registers must suffice for
     cluster_size: int = 1   # thread blocks along x that run together
+    waits_itself: bool = True   # for the kernel before it (griddepcontrol.wait), so that it may start sooner
 
     @property
     def name(self) -> str:
@@ -68,6 +70,11 @@ class KernelSpec:
 
     def _module(self) -> Any:
         return importlib.import_module(f"mla_numba.kernels.{self.module}")
+
+
+def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """What Numba's kernels take for an array of int32: two owners, size, bytes of an element, address, shape, strides."""
+    return 0, 0, math.prod(shape), 4, address, *shape, *strides
 
 
 def numba_stream(handle: int) -> Any:

@@ -1,7 +1,9 @@
 """A schedule: the tables that `mla_numba.scheduler` fills, in host or device memory, with the configuration they were made for."""
 
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,39 +20,65 @@ from ..scheduler import (
     make_scheduler,
     num_partial_slots,
 )
+from .launch import numba_stream
+
+# Memory for so many int32: an array of any library that shows its memory to Numba, and where it lies (0 where nobody asks).
+NewWords = Callable[[int], tuple[Any, int]]
+# Tables begin at multiples of a cache line, in int32.
+_LINE_WORDS = 32
 
 _build_on_host = make_scheduler(lambda function: function, lambda: None).build
 
 
-@dataclass(frozen=True)
+def _table(name: str) -> Any:
+    """One of a schedule's tables as an array, made when somebody asks for it: a slice of a device array takes 20 us."""
+    return cached_property(lambda schedule: schedule.table(name))
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables of int32, NumPy or Numba device arrays; columns as named in `mla_numba.scheduler`."""
+    """Tables of int32, all in one array; columns as named in `mla_numba.scheduler`."""
 
     config: ScheduleConfig
-    jobs: Any           # (max_jobs, JOB_COLUMNS)
-    workers: Any        # (num_workers, WORKER_COLUMNS)
-    num_splits: Any     # (max_jobs + 1,), cumulative
-    starts: Any         # (num_workers, JOB_COLUMNS)
-    merges: Any         # (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), of which the first totals[TOTAL_MERGES] rows are written
-    totals: Any         # (NUM_TOTALS,)
-    num_slots: int      # partial results the workspace must hold
+    memory: Any                                         # NumPy's, or in device memory
+    places: dict[str, tuple[int, tuple[int, ...]]]      # where in `memory` each table begins, its shape
+    addresses: dict[str, int]                           # of the tables, in device memory
+    num_slots: int                                      # partial results the workspace must hold
 
-    @cached_property
-    def addresses(self) -> dict[str, int]:
-        """Of the tables, in device memory."""
-        return {name: int(getattr(self, name).__cuda_array_interface__["data"][0])
-                for name in ("jobs", "workers", "starts", "merges", "totals")}
+    jobs = _table("jobs")               # (max_jobs, JOB_COLUMNS)
+    workers = _table("workers")         # (num_workers, WORKER_COLUMNS)
+    num_splits = _table("num_splits")   # (max_jobs + 1,), cumulative
+    starts = _table("starts")           # (num_workers, JOB_COLUMNS)
+    merges = _table("merges")           # (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), of which the first totals[TOTAL_MERGES] are written
+    totals = _table("totals")           # (NUM_TOTALS,)
+
+    def table(self, name: str) -> Any:
+        """As a NumPy or Numba device array."""
+        begin, shape = self.places[name]
+        memory = self.memory
+        if not isinstance(memory, np.ndarray) and not hasattr(memory, "copy_to_host"):
+            from numba import cuda
+
+            memory = cuda.as_cuda_array(memory)
+        return memory[begin:begin + math.prod(shape)].reshape(shape)
 
 
-def _table_shapes(config: ScheduleConfig, shape: DecodeShape) -> dict[str, tuple[int, ...]]:
-    """In the order of `scheduler.build`'s last arguments."""
+@lru_cache(maxsize=256)
+def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+    """`Schedule.places`, in the order of `scheduler.build`'s last arguments, and how many int32 they take."""
     max_jobs = config.max_jobs(shape)
-    return {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers, 3),
-            "num_splits": (max_jobs + 1,), "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
-            "merges": (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
+    shapes = {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers, 3),
+              "num_splits": (max_jobs + 1,), "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
+              "merges": (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
+    places, begin = {}, 0
+    for name, size in shapes.items():
+        places[name] = begin, size
+        begin += -(-math.prod(size) // _LINE_WORDS) * _LINE_WORDS
+    return places, begin
 
 
-def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
+def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
+    """Of `scheduler.build`, between the lengths and the tables."""
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
             config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.uncut_blocks,
             config.merge_share_parts)
@@ -58,32 +86,27 @@ def _build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, .
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
     """Plain Python, no compilation: 0.8 ms for 32 requests, 95 ms for 20,000 (a virtual Xeon)."""
-    tables = {name: np.zeros(size, np.int32) for name, size in _table_shapes(config, shape).items()}
+    places, num_words = _layout(config, shape)
+    schedule = Schedule(config, np.zeros(num_words, np.int32), places, {}, 0)
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
-    _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *_build_arguments(config, shape),
-                   *tables.values())
-    extra_splits = int(tables["totals"][TOTAL_EXTRA_SPLITS])
-    del tables["axis"], tables["trials"]
-    return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)
+    _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *build_arguments(config, shape),
+                   *map(schedule.table, places))
+    return replace(schedule, num_slots=num_partial_slots(int(schedule.totals[TOTAL_EXTRA_SPLITS])))
 
 
-def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_seqlens_q: Any | None, stream: Any) -> Schedule:
-    """By one small kernel on `stream`; the host never sees the lengths, except that `batch_invariant` reads one integer back.
+def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: NewWords, build: Callable[[Schedule], None],
+                         stream: int) -> Schedule:
+    """Filled by `build`, a small kernel on `stream`; the host never sees the lengths, except that `batch_invariant` reads one integer back.
 
     There the number of pieces follows from the lengths and not from the number of workers, and the workspace must hold them.
     """
-    from numba import cuda
-
-    from ..kernels.schedule import NUM_THREADS, build_schedule
-    from .launch import configured
-
-    tables = {name: cuda.device_array(size, np.int32, stream=stream) for name, size in _table_shapes(config, shape).items()}
-    cu_seqlens = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    configured(build_schedule, 1, NUM_THREADS, stream)(
-        seq_lens, cu_seqlens, *_build_arguments(config, shape), *tables.values())
-    extra_splits = config.num_workers - 1
+    places, num_words = _layout(config, shape)
+    memory, address = new_words(num_words)
+    addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
+    schedule = Schedule(config, memory, places, addresses, num_partial_slots(config.num_workers - 1))
+    build(schedule)
     if config.split_blocks > 0:
-        extra_splits = int(tables["totals"].copy_to_host(stream=stream)[TOTAL_EXTRA_SPLITS])
-    del tables["axis"], tables["trials"]
-    return Schedule(config, num_slots=num_partial_slots(extra_splits), **tables)
+        extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
+        schedule = replace(schedule, num_slots=num_partial_slots(extra_splits))
+    return schedule

@@ -16,7 +16,7 @@ from ..contract import INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..kernels import simt_merge
 from ..kernels.simt_decode import SIMULATOR, STORAGE, SimtConfig, decode_signature, make_decode_kernel
 from .launch import configured, numba_stream
-from .schedule import Schedule, make_device_schedule
+from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 
 # Tokens that a piece of a split request has at least.
 _MIN_SPLIT_TOKENS = 128
@@ -102,8 +102,16 @@ def schedule_config(shape: DecodeShape) -> ScheduleConfig:
                           split_blocks=split_tokens // config.block_n if shape.batch_invariant else 0)
 
 
-def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_seqlens_q: Any | None, stream: int) -> Schedule:
-    return make_device_schedule(config, shape, seq_lens, cu_seqlens_q, numba_stream(stream))
+def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_seqlens_q: Any | None, stream: int,
+                  new_words: NewWords) -> Schedule:
+    from ..kernels.schedule import NUM_THREADS, build_schedule
+
+    def build(schedule: Schedule) -> None:
+        configured(build_schedule, 1, NUM_THREADS, numba_stream(stream))(
+            seq_lens, seq_lens if cu_seqlens_q is None else cu_seqlens_q, *build_arguments(config, shape),
+            *map(schedule.table, schedule.places))
+
+    return make_device_schedule(config, shape, new_words, build, stream)
 
 
 def _compile(function: Any, signature: Any, **options: Any) -> Any:

@@ -1,7 +1,9 @@
 """The tile scheduler on the device: one thread block fills the schedule, so that planning needs no look at the lengths from the host."""
 
+from collections.abc import Callable
+
 from numba import cuda
-from numba.cuda import config, int32
+from numba.cuda import config, int32, types
 
 from ..scheduler import make_scheduler
 
@@ -33,3 +35,16 @@ def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, cau
     _build(cuda.threadIdx.x, NUM_THREADS, sums_smem, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
            block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_share_parts, jobs, axis, trials, num_splits,
            workers, starts, merges, totals)
+
+
+def schedule_signature() -> types.Type:
+    """Types of the kernel's arguments, in the order of `build_schedule`'s."""
+    lengths = types.Array(types.int32, 1, "A")
+    jobs, axis, trials, num_splits, workers, starts, merges, totals = (types.Array(types.int32, n, "C") for n in (2, 1, 3, 1, 2, 2, 2, 1))
+    return types.void(lengths, lengths, *[types.int64] * 11, jobs, axis, trials, num_splits, workers, starts, merges, totals)
+
+
+def make_schedule_kernel() -> Callable[..., None]:
+    """The kernel, not yet compiled."""
+    kernel: Callable[..., None] = build_schedule.py_func
+    return kernel

@@ -2,7 +2,6 @@
 
 import ctypes
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,12 +61,9 @@ class EmulatedGpu:
 
     def place_schedule(self, schedule: Schedule) -> Schedule:
         """The tables of a schedule made on the host, as if in device memory."""
-        placed = {}
-        for name in _TABLES:
-            data = np.ascontiguousarray(getattr(schedule, name)).reshape(-1).view(np.uint8)
-            address = self.machine.memory.add(name, data)
-            placed[name] = SimpleNamespace(__cuda_array_interface__={"data": (address, False)})
-        return replace(schedule, **placed)
+        addresses = {name: self.machine.memory.add(name, np.ascontiguousarray(schedule.table(name)).reshape(-1).view(np.uint8))
+                     for name in _TABLES}
+        return replace(schedule, addresses=addresses)
 
     def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...],
                    box: tuple[int, ...]) -> tuple[int, ...]:
