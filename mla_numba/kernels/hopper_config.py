@@ -175,7 +175,9 @@ class HopperConfig:
 def inline(function: Callable[..., Any]) -> Any:
     """A device function that becomes part of its caller, so that constants among its arguments choose its branches."""
     dispatcher = cuda.jit(device=True, forceinline=True, fastmath=True)(function)
-    template_for = dispatcher.get_call_template
-    # Numba would infer the function's types anew for each constant: 3 s of 14 for a kernel, and not a byte of its machine code.
-    dispatcher.get_call_template = lambda args, kws: template_for(tuple(map(types.unliteral, args)), kws)
+    template_for = getattr(dispatcher, "get_call_template", None)
+    # To the emulator it stays a plain function.
+    if template_for is not None:
+        # Numba would infer the function's types anew for each constant: 3 s of 14 for a kernel, and not a byte of its machine code.
+        dispatcher.get_call_template = lambda args, kws: template_for(tuple(map(types.unliteral, args)), kws)
     return dispatcher
