@@ -98,6 +98,11 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
     ------
     ValueError, TypeError
         An argument breaks a rule; the message names it.
+
+    Notes
+    -----
+    Without `stream` the tables are memory of torch or CuPy, if `seq_lens` is theirs: keep the plan until what another stream does with it
+    is done, as with any of their arrays.
     """
     lens = view(seq_lens, "seq_lens")
     validate.require_ndim(lens, 1, "(batch,)")
@@ -236,7 +241,7 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         scheduler = None
         if plan is None:
             scheduler = _scheduler(name, shape, lens_view, stream)
-            schedule = scheduler(lens_view, cu_view, stream_int)
+            schedule = scheduler(inputs[3:], stream_int)
         else:
             schedule = plan.schedule
         if shape.ragged:
@@ -290,9 +295,9 @@ class _PreparedCall:
             out = self._new_out()
         if lse is None:
             lse = self._new_lse()
-        if schedule is None:
+        if self._scheduler is not None:
             lengths = [replace(array, pointer=address) for array, address in zip(self._lengths, addresses[3:], strict=False)]
-            schedule = self._scheduler(lengths[0], lengths[1] if len(lengths) > 1 else None, handle)  # type: ignore[misc]
+            schedule = self._scheduler(lengths, handle)
         self._launch(schedule, handle, addresses[0], addresses[1], addresses[2], self._address_of(out), self._address_of(lse))
         return out, lse
 
@@ -411,11 +416,12 @@ def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: 
               **overrides: int | None) -> Plan:
     """A plan from arguments that have been validated, on the current device; `overrides` as `_scheduler`'s."""
     make_schedule = _scheduler(name, shape, seq_lens, stream, **overrides)
-    return Plan(name, shape, seq_lens.device, make_schedule(seq_lens, cu_seqlens_q, stream_handle(stream, seq_lens.kind, seq_lens.device)))
+    lengths = [seq_lens] if cu_seqlens_q is None else [seq_lens, cu_seqlens_q]
+    return Plan(name, shape, seq_lens.device, make_schedule(lengths, stream_handle(stream, seq_lens.kind, seq_lens.device)))
 
 
-# Lengths, offsets and the stream's handle become a schedule.
-_Scheduler = Callable[[ArrayView, ArrayView | None, int], Schedule]
+# Lengths, with offsets behind them if queries are ragged, and the stream's handle become a schedule.
+_Scheduler = Callable[[Sequence[ArrayView], int], Schedule]
 
 
 def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, **overrides: int | None) -> _Scheduler:
@@ -429,11 +435,10 @@ def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, **ov
     # What torch and CuPy are given back they give to the next who asks on the stream that was current, and on no other one.
     new_words = device_words(like, by_its_library=stream is None)
 
-    def make_schedule(seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: int) -> Schedule:
+    def make_schedule(lengths: Sequence[ArrayView], stream: int) -> Schedule:
         memory = _Memory(name, stream, getattr(module, "TAKES_DESCRIPTIONS", False))
-        lens = memory.read(seq_lens)
-        offsets = None if cu_seqlens_q is None else memory.read(cu_seqlens_q)
-        schedule: Schedule = module.make_schedule(config, shape, lens, offsets, stream, new_words)
+        lens, *offsets = map(memory.read, lengths)
+        schedule: Schedule = module.make_schedule(config, shape, lens, offsets[0] if offsets else None, stream, new_words)
         return schedule
 
     return make_schedule

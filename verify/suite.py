@@ -15,6 +15,7 @@ from unittest import mock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mla_numba.config import ceil_div
 from verify import runner
 from verify.properties import PROPERTIES, Property
 from verify.targets import Target, emulated, external, ours
@@ -69,7 +70,7 @@ def parts_of(targets: Sequence[Target], plan: Sequence[tuple[Target, str, Proper
     """The rows, cut into nearly equal parts."""
     parts = []
     for row, (target, dims, prop, examples) in enumerate(plan):
-        count = max(1, -(-examples // PART_EXAMPLES))
+        count = max(1, ceil_div(examples, PART_EXAMPLES))
         parts += [Part(row, part, targets.index(target), dims, prop.name, examples * (part + 1) // count - examples * part // count)
                   for part in range(count)]
     return parts

@@ -250,8 +250,8 @@ def test_a_call_without_a_plan_is_repeated_too(run, ragged):
     assert run(inputs(64 * _MB), planned=False)[1] == launches
 
 
-def test_what_is_read_back_or_on_a_named_stream_is_not_of_the_current_one(run, monkeypatch):
-    """`batch_invariant` plans anew by the lengths; tables for a stream that the library does not know are Numba's."""
+def test_tables_for_a_named_stream_are_not_the_librarys(run, monkeypatch):
+    """It would give them to the next who asks on the current stream, while the named one still reads them."""
     made = []
     monkeypatch.setattr("numba.cuda.device_array", lambda count, dtype: made.append(count) or SimpleNamespace(
         __cuda_array_interface__={"data": (2**45, False)}))

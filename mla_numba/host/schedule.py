@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DecodeShape, ScheduleConfig
+from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..scheduler import (
     JOB_COLUMNS,
     MAX_TRIALS,
@@ -73,7 +73,7 @@ def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple
     places, begin = {}, 0
     for name, size in shapes.items():
         places[name] = begin, size
-        begin += -(-math.prod(size) // _LINE_WORDS) * _LINE_WORDS
+        begin += ceil_div(math.prod(size), _LINE_WORDS) * _LINE_WORDS
     return places, begin
 
 
