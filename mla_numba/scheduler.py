@@ -9,7 +9,7 @@ The work of a batch is laid end to end on one axis, job after job, each job `ove
 A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
 at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. With a
 job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer. The share is the least
-that suffices; it is found by trying, from the average up, on the device by a thread each. Under `split_blocks`
+that suffices; it is found by trying, from the average up, on the device by a warp each. Under `split_blocks`
 (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
@@ -54,8 +54,8 @@ REHEARSAL_BLOCKS = 2
 # the merge table.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
-# Threads that try a share each, at a time.
-MAX_TRIALS = 32
+# Shares that are tried at a time.
+MAX_TRIALS = 16
 
 
 def num_partial_slots(extra_splits: int) -> int:
@@ -63,8 +63,19 @@ def num_partial_slots(extra_splits: int) -> int:
     return 2 * extra_splits
 
 
-def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> SimpleNamespace:
-    """Compile the scheduler with `jit`; `sync` is the barrier between the threads that run `build` together."""
+def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural: Callable[[Any], Any] = int, lanes: int = 1,
+                   count_within: Callable[[Any, Any, Any, Any], Any] | None = None) -> SimpleNamespace:
+    """Compile the scheduler with `jit`.
+
+    `sync` is the barrier between the threads that run `build` together. `natural` makes of a number that is not negative what they compute
+    fastest with. `lanes` of them, a warp, try a share together: count_within(values, i, last, limit) tells them how many of the next
+    `lanes` ascending values after i, as far as `last`, are within a limit.
+    """
+
+    @jit
+    def _divide(a, b):
+        """a // b, neither negative."""
+        return natural(natural(a) // natural(b))
 
     @jit
     def visible_tokens(seq_len, q_len, q_idx, causal):
@@ -96,7 +107,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
 
     @jit
     def _jobs_of(q_len, heads_per_kv, rows_per_job):
-        return (q_len * heads_per_kv + rows_per_job - 1) // rows_per_job
+        return _divide(q_len * heads_per_kv + rows_per_job - 1, rows_per_job)
 
     @jit
     def _fill_jobs(jobs, job, request, seq_len, q_begin, q_len, ragged, heads_per_kv, rows_per_job, block_n, causal):
@@ -104,116 +115,129 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         num_jobs = _jobs_of(q_len, heads_per_kv, rows_per_job)
         for i in range(min(num_jobs, jobs.shape[0] - job)):
             row_end = min((i + 1) * rows_per_job, q_len * heads_per_kv)
-            tokens = visible_tokens(seq_len, q_len, (row_end - 1) // heads_per_kv, causal)
+            tokens = visible_tokens(seq_len, q_len, _divide(row_end - 1, heads_per_kv), causal)
             jobs[job + i, JOB_REQUEST] = request
             jobs[job + i, JOB_Q_BATCH] = 0 if ragged else request
             jobs[job + i, JOB_Q_BEGIN] = q_begin
             jobs[job + i, JOB_Q_LEN] = q_len
             jobs[job + i, JOB_ROW_BEGIN] = i * rows_per_job
             jobs[job + i, JOB_SEQ_LEN] = max(seq_len, 0)
-            jobs[job + i, JOB_NUM_BLOCKS] = (tokens + block_n - 1) // block_n
+            jobs[job + i, JOB_NUM_BLOCKS] = _divide(tokens + block_n - 1, block_n)
             jobs[job + i, JOB_FIRST_SLOT] = NOT_SPLIT
             jobs[job + i, JOB_NUM_PARTS] = 1
         return job + num_jobs
 
     @jit
-    def _last_fitting(axis, job, num_jobs, position):
-        """The last `e` in [job, num_jobs] with axis[e] <= position, given axis[job] <= position. Galloping: near ones are found fast."""
-        step = 1
-        while job + step <= num_jobs and axis[job + step] <= position:
-            job += step
-            step *= 2
-        while step > 0:
-            if job + step <= num_jobs and axis[job + step] <= position:
-                job += step
-            step //= 2
-        return job
+    def _next_is_within(values, i, last, limit):
+        return natural(i < last and natural(values[min(i + 1, last)]) <= limit)
+
+    count_within = count_within or _next_is_within
 
     @jit
-    def _cut_in_job(begin, room, num_blocks, min_split_blocks, split_blocks):
-        """Where a worker stops that is at block `begin` of a job and has room for `room` more blocks."""
-        if split_blocks > 0:
-            return min((2 * (begin + room) + split_blocks) // (2 * split_blocks) * split_blocks, num_blocks)
-        if room < min_split_blocks:
-            return begin
-        if num_blocks - (begin + room) < min_split_blocks:
-            return num_blocks
-        return begin + room
+    def _advance(values, i, last, limit):
+        """The last `i` up to `last` with values[i] <= limit, of ascending values; that of the given one is. By `lanes` threads together."""
+        count = natural(lanes)
+        while count == lanes:
+            count = count_within(values, i, last, limit)
+            i = natural(i + count)
+        return i
 
     @jit
-    def _walk(share, begins, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
-        """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
-        (num_workers, 3) are the job, block and split that each begins with."""
-        num_workers = begins.shape[0]
-        end_of_work = axis[num_jobs]
-        job, block, split = 0, 0, 0
-        for worker in range(num_workers):
-            begins[worker, 0] = job
-            begins[worker, 1] = block
-            begins[worker, 2] = split
-            if job == num_jobs:
-                continue
-            # What is left of a job that another worker began costs the overhead again.
-            position = axis[job] + block
-            if worker == num_workers - 1:
-                return end_of_work - position <= share
-            end = _last_fitting(axis, job, num_jobs, position + share)
-            begin_block = block if end == job else 0
-            room = position + share - axis[end] - begin_block - overhead_blocks
-            if end == num_jobs or (end > job and room <= 0):
-                job, block, split = end, 0, 0
-                continue
-            num_blocks = axis[end + 1] - axis[end] - overhead_blocks
-            stop = _cut_in_job(begin_block, max(room, 0), num_blocks, min_split_blocks, split_blocks)
-            if end == job and stop <= begin_block:
-                stop = min(begin_block + split_blocks, num_blocks)
-            if end == job and begin_block == 0 and num_blocks <= uncut_blocks:
-                stop = num_blocks
-            if stop >= num_blocks:
-                job, block, split = end + 1, 0, 0
-            elif split_blocks > 0:
-                job, block, split = end, stop, stop // split_blocks
+    def _last_within(values, first, last, limit):
+        """The last `i` in [first, last] with values[i] <= limit, of ascending values; that of the first is."""
+        low, high = natural(first), natural(last)
+        while low < high:
+            middle = natural((low + high + 1) // 2)
+            if natural(values[middle]) <= natural(limit):
+                low = middle
             else:
-                split = split + 1 if end == job else int(stop > 0)
-                job, block = end, stop
-        return True
+                high = natural(middle - 1)
+        return low
 
     @jit
-    def _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
-        """The row of `trials` (threads that try, num_workers, 3) with the least share in which all work fits.
+    def _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
+        """Where the next worker begins, and in which job, if one begins at `begin` in `job`.
+
+        Block b of a job is at axis[job] + overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again."""
+        reach = natural(begin + share)
+        job = _advance(axis, job, num_jobs, reach)
+        next_job = min(natural(job + 1), num_jobs)
+        edge, next_edge = natural(axis[job]), natural(axis[next_job])
+        first_block = natural(edge + overhead_blocks)
+        # The work may end here; then both edges are the same.
+        takes_job = begin == edge and next_edge <= natural(first_block + uncut_blocks)
+        if split_blocks > 0:
+            if reach <= first_block:
+                return edge, job
+            # The nearest multiple, but not the one where it begins.
+            stop = natural(_divide(2 * (reach - first_block) + split_blocks, 2 * split_blocks) * split_blocks)
+            if begin >= edge and stop <= natural(begin - edge):
+                stop = natural(begin - edge + split_blocks)
+            takes_job = takes_job or natural(first_block + stop) >= next_edge
+            return (next_edge, next_job) if takes_job else (natural(edge + stop), job)
+        takes_job = takes_job or natural(reach + min_split_blocks) > next_edge
+        takes_none = reach < natural(first_block + min_split_blocks)
+        stop = next_edge if takes_job else natural(reach - overhead_blocks)
+        return (edge, job) if takes_none else (stop, next_job if takes_job else job)
+
+    @jit
+    def _walk(lane, share, begins, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
+        """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
+        (num_workers,) is where each begins."""
+        begin, job, worker = natural(0), natural(0), natural(0)
+        while worker < num_workers - 1:
+            if lane == 0:
+                begins[worker] = begin
+            begin, job = _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks)
+            worker = natural(worker + 1)
+        if lane == 0:
+            begins[num_workers - 1] = begin
+        return natural(begin + share) >= natural(axis[num_jobs])
+
+    @jit
+    def _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
+                    uncut_blocks):
+        """The row of `trials` (shares tried at a time, num_workers) with the least share in which all work fits.
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
         candidate surely suffices."""
-        num_trials, num_workers = min(num_threads, trials.shape[0]), trials.shape[1]
-        if thread < num_trials:
-            least = max((axis[num_jobs] + num_workers - 1) // num_workers, overhead_blocks + min_split_blocks)
+        num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
+        if trial < num_trials:
+            least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), overhead_blocks + min_split_blocks)
             most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
-            share = least + thread
-            while (not _walk(share, trials[thread], axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks)
-                   and share < most):
-                share += num_trials
-            sums[thread] = share
+            share = natural(least + trial)
+            while (not _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),
+                             natural(min_split_blocks), natural(split_blocks), natural(uncut_blocks)) and share < most):
+                share = natural(share + num_trials)
+            if lane == 0:
+                sums[trial] = share
         sync()
-        best = 0
-        for t in range(num_trials):
-            if sums[t] < sums[best]:
-                best = t
+        best, least_share = 0, sums[0]
+        for t in range(1, num_trials):
+            if sums[t] < least_share:
+                best, least_share = t, sums[t]
         sync()
         return best
 
     @jit
-    def _extra_splits(workers, job, num_blocks, split_blocks):
-        """Pieces of a job beyond the first: the split at which the last worker that begins inside it does."""
+    def _begin_worker(workers, worker, begins, axis, num_jobs, split_blocks):
+        """The columns that say where a worker begins."""
+        job = _last_within(axis, 0, num_jobs, begins[worker])
+        block, split = begins[worker] - axis[job], 0
+        if block > 0:
+            # Before it came those that begin inside the job, and the one that begins it.
+            split = _divide(block, split_blocks) if split_blocks > 0 else worker - _last_within(begins, 0, worker, axis[job])
+        workers[worker, BEGIN_JOB] = job
+        workers[worker, BEGIN_BLOCK] = block
+        workers[worker, BEGIN_SPLIT] = split
+
+    @jit
+    def _extra_splits(begins, num_workers, axis, job, num_blocks, split_blocks):
+        """Pieces of a job beyond the first: workers that begin inside it."""
         if split_blocks > 0:
-            return max((num_blocks + split_blocks - 1) // split_blocks - 1, 0)
-        low, high = 0, workers.shape[0] - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if workers[middle, BEGIN_JOB] <= job:
-                low = middle
-            else:
-                high = middle - 1
-        return workers[low, BEGIN_SPLIT] if workers[low, BEGIN_JOB] == job else 0
+            return natural(max(_divide(num_blocks + split_blocks - 1, split_blocks), 1) - 1)
+        before = _last_within(begins, 0, num_workers - 1, axis[job])
+        return natural(_last_within(begins, before, num_workers - 1, axis[job + 1] - 1) - before)
 
     @jit
     def _end_worker(workers, worker, jobs, num_jobs, num_splits):
@@ -285,8 +309,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
-        scratch that all of them see (shared memory on the device); `axis` (max_jobs + 1,) and `trials` (up to MAX_TRIALS, num_workers, 3)
-        are scratch, too. `seq_len_q` is 0 for ragged queries; `cu_seqlens_q` is read only then.
+        scratch that all of them see (shared memory on the device); `axis` (max_jobs + 1,) and `trials` (up to MAX_TRIALS,
+        num_workers) are scratch, too. `seq_len_q` is 0 for ragged queries; `cu_seqlens_q` is read only then.
         """
         batch = seq_lens.shape[0]
         max_jobs = jobs.shape[0]
@@ -320,21 +344,21 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
-        best = _try_shares(thread, num_threads, sums, trials, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
+        best = _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
                            uncut_blocks)
+        begins = trials[best]
         for worker in range(thread, num_workers, num_threads):
-            workers[worker, BEGIN_JOB] = trials[best, worker, 0]
-            workers[worker, BEGIN_BLOCK] = trials[best, worker, 1]
-            workers[worker, BEGIN_SPLIT] = trials[best, worker, 2]
-        sync()  # every worker has its beginning
+            _begin_worker(workers, worker, begins, axis, num_jobs, split_blocks)
 
         extra = 0
         for job in range(begin, end):
-            extra += _extra_splits(workers, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+            num_splits[job] = _extra_splits(begins, num_workers, axis, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+            extra += num_splits[job]
         extra, total_extra = _scan(thread, num_threads, sums, extra)
         for job in range(begin, end):
+            of_job = num_splits[job]
             num_splits[job] = job + extra
-            extra += _extra_splits(workers, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+            extra += of_job
         if thread == 0:
             totals[TOTAL_JOBS] = num_jobs
             totals[TOTAL_EXTRA_SPLITS] = total_extra
@@ -344,7 +368,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None]) -> Simpl
             if job < max_jobs:
                 for column in range(JOB_COLUMNS):
                     jobs[job, column] = 0
-        sync()  # num_splits is whole
+        sync()  # num_splits is whole, and every worker has its beginning
 
         for worker in range(thread, num_workers, num_threads):
             _end_worker(workers, worker, jobs, num_jobs, num_splits)

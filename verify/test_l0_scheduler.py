@@ -133,7 +133,7 @@ def _check(schedule, shape):
 
 
 @st.composite
-def _problems(draw):
+def problems(draw):
     batch = draw(st.integers(1, 12), label="batch")
     lens = draw(st.lists(st.one_of(st.sampled_from([-3, 0, 0, 1, 63, 64, 65, 128, 4096]), st.integers(0, 5000)), min_size=batch,
                          max_size=batch), label="seq_lens")
@@ -149,13 +149,13 @@ def _problems(draw):
     return config, _shape(batch, seq_len_q=q_lens, heads=heads, causal=causal), _int32(lens), None
 
 
-@given(_problems())
+@given(problems())
 def test_pieces_tile_every_job_and_fit_the_workspace(problem):
     config, shape, lens, cu_seqlens_q = problem
     _check(make_host_schedule(config, shape, lens, cu_seqlens_q), shape)
 
 
-@given(_problems())
+@given(problems())
 def test_workers_finish_together(problem):
     """No worker's cost exceeds the average by more than the restarts and the minimum piece allow."""
     config, shape, lens, cu_seqlens_q = problem
@@ -173,7 +173,7 @@ def test_workers_finish_together(problem):
     assert load.max() <= ceil_div(total, config.num_workers) + 2 * config.overhead_blocks + 2 * piece
 
 
-@given(_problems(), st.integers(0, 11))
+@given(problems(), st.integers(0, 11))
 def test_batch_invariant_pieces_do_not_depend_on_the_batch(problem, pick):
     config, shape, lens, cu_seqlens_q = problem
     if cu_seqlens_q is not None or not config.split_blocks:
@@ -257,12 +257,16 @@ def test_config_rules(field):
 
 
 @pytest.mark.sim
-@given(_problems())
+@given(problems())
 def test_device_builds_the_same_tables(problem):
     """In the simulator 8 threads build what one does on the host."""
     config, shape, lens, cu_seqlens_q = problem
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
     device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0))
+    assert_same_tables(device, host)
+
+
+def assert_same_tables(device, host):
     for name in ("jobs", "workers", "starts", "num_splits", "merges", "totals"):
         rows = host.totals[TOTAL_MERGES] if name == "merges" else None
         np.testing.assert_array_equal(getattr(device, name).copy_to_host()[:rows], getattr(host, name)[:rows], err_msg=name)

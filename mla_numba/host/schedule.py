@@ -67,7 +67,7 @@ class Schedule:
 def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """`Schedule.places`, in the order of `scheduler.build`'s last arguments, and how many int32 they take."""
     max_jobs = config.max_jobs(shape)
-    shapes = {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers, 3),
+    shapes = {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers),
               "num_splits": (max_jobs + 1,), "workers": (config.num_workers, WORKER_COLUMNS), "starts": (config.num_workers, JOB_COLUMNS),
               "merges": (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), "totals": (NUM_TOTALS,)}
     places, begin = {}, 0
