@@ -13,7 +13,7 @@ that suffices; it is found by trying, from the average up, on the device by a wa
 (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
-queries, and time: a thread takes a step per worker, by galloping search, where FlashMLA's takes one per request.
+queries, and time: a warp takes a step per worker, in which it looks at 32 jobs, where FlashMLA's thread takes one per request.
 
 `make_scheduler` returns the functions compiled by the given `jit`: identity for plain Python, `njit` for the host,
 `cuda.jit(device=True)` for the device. `build` is run by `num_threads` threads together, of which the host has one.
@@ -129,6 +129,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
     @jit
     def _next_is_within(values, i, last, limit):
+        """`count_within` of one thread."""
         return natural(i < last and natural(values[min(i + 1, last)]) <= limit)
 
     count_within = count_within or _next_is_within
@@ -158,7 +159,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
     def _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
         """Where the next worker begins, and in which job, if one begins at `begin` in `job`.
 
-        Block b of a job is at axis[job] + overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again."""
+        Block b of a job is at axis[job] + overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again.
+        Workers wait for each other here, 0.2 to 0.3 us each: most of a plan's time (H200)."""
         reach = natural(begin + share)
         job = _advance(axis, job, num_jobs, reach)
         next_job = min(natural(job + 1), num_jobs)
@@ -183,7 +185,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
     @jit
     def _walk(lane, share, begins, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
-        (num_workers,) is where each begins."""
+        (num_workers,) is where each begins. All `lanes` threads go the same way, the first writes."""
         begin, job, worker = natural(0), natural(0), natural(0)
         while worker < num_workers - 1:
             if lane == 0:

@@ -85,7 +85,7 @@ def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ..
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
-    """Plain Python, no compilation: 0.8 ms for 32 requests, 95 ms for 20,000 (a virtual Xeon)."""
+    """Plain Python, no compilation: with 132 workers 3 ms for 32 requests, 0.3 s for 20,000 (a virtual Xeon)."""
     places, num_words = _layout(config, shape)
     schedule = Schedule(config, np.zeros(num_words, np.int32), places, {}, 0)
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
