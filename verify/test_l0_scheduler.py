@@ -1,5 +1,9 @@
 """The tile scheduler's invariants (mla_numba/scheduler.py), on plain Python ints."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +12,7 @@ from numba import cuda
 
 from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div
 from mla_numba.host import simt
-from mla_numba.host.schedule import make_host_schedule
+from mla_numba.host.schedule import build_arguments, make_host_schedule
 from mla_numba.scheduler import (
     BEGIN_BLOCK,
     BEGIN_JOB,
@@ -254,6 +258,35 @@ def test_config_rules(field):
     for may_be_0 in ("split_blocks", "uncut_blocks"):
         with pytest.raises(ValueError, match=f"{may_be_0}=-1"):
             ScheduleConfig(**values, **{may_be_0: -1})
+
+
+@given(problems())
+def test_warps_build_the_same_tables_in_32_bits(problem):
+    """As on the device: three warps, of four lanes each, and numbers that are taken modulo 2^32."""
+    def count_within(values, i, last, limit):
+        return sum(1 for value in values[i + 1:min(i + 4, last) + 1] if value <= limit)
+
+    config, shape, lens, cu_seqlens_q = problem
+    host = make_host_schedule(config, shape, lens, cu_seqlens_q)
+    barrier, threads = threading.Barrier(12), range(12)
+    warps = make_scheduler(lambda function: function, barrier.wait, lambda value: int(value) % 2**32, 4, count_within)
+    tables = {name: np.full(size, -7, np.int32) for name, (_, size) in host.places.items()}
+    offsets = np.zeros(1, np.int64) if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
+    arguments = [0] * len(threads), lens.astype(np.int64), offsets, *build_arguments(config, shape), *tables.values()
+
+    def build(thread):
+        try:
+            warps.build(thread, len(threads), *arguments)
+        finally:
+            # Whoever waits for a thread that failed fails, too.
+            if sys.exc_info()[0] is not None:
+                barrier.abort()
+
+    with ThreadPoolExecutor(len(threads)) as pool:
+        list(pool.map(build, threads))
+    for name in ("jobs", "workers", "starts", "num_splits", "merges", "totals"):
+        rows = host.totals[TOTAL_MERGES] if name == "merges" else None
+        np.testing.assert_array_equal(tables[name][:rows], getattr(host, name)[:rows], err_msg=name)
 
 
 @pytest.mark.sim
