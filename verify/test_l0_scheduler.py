@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import cuda
 
@@ -290,10 +290,22 @@ def test_warps_build_the_same_tables_in_32_bits(problem):
 
 
 @pytest.mark.sim
+@settings(max_examples=20)
 @given(problems())
 def test_device_builds_the_same_tables(problem):
     """In the simulator 8 threads build what one does on the host."""
-    config, shape, lens, cu_seqlens_q = problem
+    _assert_simulated(*problem)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("batch", "num_workers"), [(3, 400), (4100, 3)])
+def test_device_builds_what_shared_memory_does_not_hold(batch, num_workers):
+    """Beginnings of more workers than WORKERS_SMEM, positions of more jobs than AXIS_SMEM."""
+    lens = np.random.default_rng(batch).integers(0, 30_000, batch, dtype=np.int32)
+    _assert_simulated(ScheduleConfig(128, 64, num_workers, 5, 2), _shape(batch), lens, None)
+
+
+def _assert_simulated(config, shape, lens, cu_seqlens_q):
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
     device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0))
     assert_same_tables(device, host)

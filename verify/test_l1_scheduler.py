@@ -35,7 +35,7 @@ def test_device_builds_the_same_tables(problem):
     _check(*problem)
 
 
-@pytest.mark.parametrize("num_workers", [33, 132, 200])
+@pytest.mark.parametrize("num_workers", [33, 132, 500])
 @pytest.mark.parametrize("batch", [1, 300, 5000])
 def test_device_builds_the_same_tables_of_many(batch, num_workers):
     """More requests than threads, more jobs than shared memory holds, more workers than it holds."""
