@@ -130,7 +130,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
     @jit
     def _next_is_within(values, i, last, limit):
         """`count_within` of one thread."""
-        return natural(i < last and natural(values[min(i + 1, last)]) <= limit)
+        return natural(i < last and natural(values[i + 1]) <= limit)
 
     count_within = count_within or _next_is_within
 
@@ -312,7 +312,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
         scratch that all of them see (shared memory on the device); `axis` (max_jobs + 1,) and `trials` (up to MAX_TRIALS,
-        num_workers) are scratch, too. `seq_len_q` is 0 for ragged queries; `cu_seqlens_q` is read only then.
+        num_workers) are scratch, too, and may be larger. `seq_len_q` is 0 for ragged queries; `cu_seqlens_q` is read only then.
         """
         batch = seq_lens.shape[0]
         max_jobs = jobs.shape[0]

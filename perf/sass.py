@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 # (dtype, page_size, row_tiles).
 VARIANTS = (*((dtype, page_size, 1) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128)),
             *(("bfloat16", page_size, row_tiles) for page_size, row_tiles in ((16, 2), (64, 2), (64, 3), (64, 4))), ("float16", 16, 4))
-# Warnings that cost most of the speed: setmaxnreg ignored, wgmma serialised.
-HARMFUL_WARNINGS = ("C7504", "C7508", "C7509", "C7510", "C7514")
+# The numbers of warnings that cost most of the speed: setmaxnreg ignored (C7504), wgmma serialised (C7508, and whatever else may be why).
+HARMFUL_WARNING = re.compile(r"\((C75\d\d)\)")
 OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "UTMALDG.5D.MULTICAST", "UCGABAR_WAIT", "CCTL.E.PF2", "USETMAXREG", "SYNCS", "BAR",
-           "STSM", "LDSM", "LDL", "STL")
+           "STSM", "LDSM", "VOTE", "DSETP", "LDL", "STL")
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,19 @@ def inspect(spec: "KernelSpec") -> SassReport:
     stack, stores, loads = (int(n) for n in re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())  # type: ignore[union-attr]
     registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
-    return SassReport(spec.name, registers, stack, stores + loads, spec.smem_bytes, tuple(w for w in HARMFUL_WARNINGS if w in log), counts,
-                      len(operations), seconds)
+    warnings = tuple(sorted(set(HARMFUL_WARNING.findall(log))))
+    return SassReport(spec.name, registers, stack, stores + loads, spec.smem_bytes, warnings, counts, len(operations), seconds)
 
 
 def hopper_kernels(variants: Sequence[tuple[str, int, int]] = VARIANTS) -> Iterator[SassReport]:
-    """A report for the decode kernel of each (dtype, page_size, row_tiles), and for the merge kernel of each dtype."""
-    from mla_numba.host.hopper import decode_spec, merge_spec
+    """A report for the decode kernel of each (dtype, page_size, row_tiles), for the merge kernel of each dtype, and for the plan's."""
+    from mla_numba.host.hopper import decode_spec, merge_spec, schedule_spec
 
     for variant in variants:
         yield inspect(decode_spec(*variant))
     for dtype in dict.fromkeys(dtype for dtype, *_ in variants):
         yield inspect(merge_spec(dtype))
+    yield inspect(schedule_spec())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

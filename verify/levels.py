@@ -1,7 +1,8 @@
-"""The marker of a test that runs a backend: what it needs of the machine."""
+"""The markers of tests that run a backend: what they need of the machine."""
 
 import pytest
 
+from mla_numba.host import hopper
 from verify.targets import simulator
 
 
@@ -10,3 +11,9 @@ def level(backend: str) -> list[pytest.MarkDecorator]:
     if backend == "cpu":
         return [pytest.mark.l0]
     return [pytest.mark.l0, pytest.mark.sim] if simulator() else [pytest.mark.l1]
+
+
+def on_hopper() -> list[pytest.MarkDecorator]:
+    """l1, of what is for the Hopper kernels alone; skipped elsewhere, with the backend's own reasons."""
+    reasons = hopper.unavailable()
+    return [pytest.mark.l1, pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))]

@@ -56,6 +56,14 @@ def test_what_the_merge_kernel_compiles_to(dtype):
     assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
 
 
+@needs_tools
+def test_what_the_plan_s_kernel_compiles_to():
+    report = inspect(hopper.schedule_spec())
+    assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
+    # A warp tries a share together, and no number became a float64, as Numba compares signed with unsigned ones.
+    assert report.opcodes["VOTE"] > 0 and report.opcodes["DSETP"] == 0
+
+
 def test_shared_memory_fits_and_nothing_overlaps():
     d = hopper_config
     regions = {

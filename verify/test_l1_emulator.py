@@ -6,14 +6,14 @@ from numba import cuda
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no Hopper kernels", allow_module_level=True)
 
-from mla_numba.host import hopper
 from verify.cases import MLACase
 from verify.checks import assert_within
 from verify.emulator.device import EmulatedGpu, decode
 from verify.emulator.mutants import MANY, NOTHING, ONE, PAIR, SEVERAL
+from verify.levels import on_hopper
 from verify.targets import ours
 
-pytestmark = [pytest.mark.l1, pytest.mark.skipif(bool(hopper.unavailable()), reason="; ".join(hopper.unavailable()))]
+pytestmark = on_hopper()
 
 CASES = [case for case, _ in (ONE, PAIR, SEVERAL, MANY, NOTHING)]
 CASES += [MLACase(seq_lens=(300, 129), num_heads_q=128, seq_len_q=2, page_size=16, dtype="float16", values="alternating"),

@@ -14,15 +14,14 @@ if cuda.config.ENABLE_CUDASIM:
 
 from cuda.bindings import driver
 
-from mla_numba.host import hopper
 from mla_numba.host.cubin import checked, compile_kernel
 from mla_numba.host.tensor_map import encode
 from mla_numba.kernels.hopper_config import FIRST_MAP
+from verify.levels import on_hopper
 from verify.ptx_effects import EFFECTS, Arrays, Effect
 
 # A kernel that waits for ever ends with the process alone.
-pytestmark = [pytest.mark.l1, pytest.mark.skipif(bool(hopper.unavailable()), reason="; ".join(hopper.unavailable())),
-              pytest.mark.timeout(60, method="thread")]
+pytestmark = [*on_hopper(), pytest.mark.timeout(60, method="thread")]
 
 
 def _attributes(effect: Effect) -> list[driver.CUlaunchAttribute]:

@@ -8,8 +8,9 @@ from numba.cuda import config, int32, types
 
 from ..scheduler import MAX_TRIALS, make_scheduler
 
+LANES = 32
 # The simulator runs every thread as a Python thread, and has no warps.
-NUM_THREADS = 8 if config.ENABLE_CUDASIM else 32 * MAX_TRIALS
+NUM_THREADS = 8 if config.ENABLE_CUDASIM else LANES * MAX_TRIALS
 # What shared memory holds, of 48 KB: positions of so many jobs, and beginnings of so many workers. A trial is a chain of loads from them.
 AXIS_SMEM, WORKERS_SMEM = 4096, 384
 
@@ -21,12 +22,12 @@ def _sync():
 
 @cuda.jit(device=True)
 def _count_within(values, i, last, limit):
-    """Of the 32 values after i, as far as `last`, how many are `limit` or less. By all lanes of a warp."""
+    """Of the LANES values after i, as far as `last`, how many are `limit` or less. By all lanes of a warp."""
     mine = np.uint32(i + 1 + cuda.laneid)
     return np.uint32(cuda.popc(cuda.ballot_sync(0xFFFFFFFF, np.uint32(values[min(mine, last)]) <= limit and mine <= last)))
 
 
-_warps = {} if config.ENABLE_CUDASIM else {"natural": np.uint32, "lanes": 32, "count_within": _count_within}
+_warps = {} if config.ENABLE_CUDASIM else {"natural": np.uint32, "lanes": LANES, "count_within": _count_within}
 _scheduler = make_scheduler(cuda.jit(device=True), _sync, **_warps)
 visible_tokens, piece_end, slot_of = _scheduler.visible_tokens, _scheduler.piece_end, _scheduler.slot_of
 _build = _scheduler.build
