@@ -20,10 +20,10 @@ from .simt import merge_states as merge_states
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
-# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
-# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
-# H200).
-_OVERHEAD_BLOCKS = 5
+# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100), and
+# what it costs of more requests than SMs, which end whole: 3% less on 256 requests, but up to 6% more on 32 (H200). The fewest blocks that
+# are worth a piece; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces, H200).
+_OVERHEAD_BLOCKS, _OVERHEAD_BLOCKS_OF_MANY = 5, 4
 _MIN_SPLIT_BLOCKS = 2
 _UNCUT_BLOCKS = 5
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
@@ -86,8 +86,9 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleC
     if num_sms is None:
         num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
     team = team_size(ceil_div(max(shape.seq_len_q, 1) * shape.heads_per_kv, BLOCK_M), shape.num_heads_kv, num_sms)
+    overhead_blocks = _OVERHEAD_BLOCKS_OF_MANY if shape.batch * shape.num_heads_kv > num_sms else _OVERHEAD_BLOCKS
     return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
-                          overhead_blocks=_OVERHEAD_BLOCKS, min_split_blocks=_MIN_SPLIT_BLOCKS, uncut_blocks=_UNCUT_BLOCKS,
+                          overhead_blocks=overhead_blocks, min_split_blocks=_MIN_SPLIT_BLOCKS, uncut_blocks=_UNCUT_BLOCKS,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 

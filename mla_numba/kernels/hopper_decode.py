@@ -265,7 +265,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
         qk_block(regs, at.base, 0, parity)
-        parity ^= u32(1)
+        parity = u32(parity ^ u32(1))
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
         while left > 2:
@@ -287,7 +287,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         left = num_blocks
         if left > 1:
             qk_block(regs, at.base, 1, parity)
-            parity ^= u32(1)
+            parity = u32(parity ^ u32(1))
         while left > 3:
             odd_step(regs, at, problem, token, all_see, parity, True, True)
             parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))

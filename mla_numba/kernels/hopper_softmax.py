@@ -84,7 +84,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     @inline
     def piece_words(base, parity):
         """Where the words of the piece lie. From an opaque address: kept over the steps they would cost a register that O needs."""
-        return ptx.opaque_b32(base) + u32(PIECE_SMEM) + (parity & u32(PIECE_BYTES))
+        return u32(ptx.opaque_b32(base) + u32(PIECE_SMEM) + (parity & u32(PIECE_BYTES)))
 
     @inline
     def visible_to(row, seq_len, q_len, problem):
@@ -135,8 +135,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             words = piece_words(at.base, parity)
             seq_len, q_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)), ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
             tile_row = (at.thread >> u32(5)) * u32(16) + ((at.thread & u32(31)) >> u32(2))
-            row = ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row)
-            visible_a, visible_b = visible_to(row, seq_len, q_len, problem), visible_to(row + i32(8), seq_len, q_len, problem)
+            row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
+            visible_a, visible_b = visible_to(row, seq_len, q_len, problem), visible_to(i32(row + i32(8)), seq_len, q_len, problem)
             mask(s_rmem, first_token, visible_a, visible_b, at.thread)
             if first_token + BLOCK_N > seq_len:
                 zero_tail(k_smem, seq_len - first_token, at.thread, barrier_idx)

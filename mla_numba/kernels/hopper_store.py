@@ -44,9 +44,11 @@ i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 # Strips of another piece's O that are in flight while this one's are weighted.
 STRIPS_AT_ONCE = 8
 OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
-# A warp's part of P0's place, where the results of as many strips lie as 16 rows of 64 bytes.
-STAGE_STRIPS = 4
-STAGE_BYTES = 16 * STAGE_STRIPS * 16
+# A warp's part of P0's place, where the results of as many strips lie as 8 rows of 128 bytes: whole lines, as an SM stores as many lines in
+# a time whether whole or half (H200: 64 KB of half lines in 2.8 us, 128 KB of whole ones in 3.4).
+STAGE_STRIPS = 8
+STAGE_ROW_BYTES = 16 * STAGE_STRIPS
+STAGE_BYTES = 8 * STAGE_ROW_BYTES
 # A warp's part of a piece: whether it has the last word on its rows, and does not leave them in its slot; this thread's first row, and how
 # many the request has; where the warp's counter, O and state are, 0 if the piece is the whole job, or the warp has no row of it.
 Part = namedtuple("Part", "is_last row rows_of_request counter o state")
@@ -124,12 +126,12 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def stage_address(stage, row, chunk):
-        """Of 16 bytes of one of 16 rows of 64 bytes; the chunks of a row change places so that no two rows of eight share banks."""
-        return stage + row * u32(64) + ((chunk ^ (row >> u32(1) & u32(3))) << u32(4))
+        """Of 16 bytes of one of 8 rows of 128 bytes; the chunks of a row change places so that no two rows share banks."""
+        return stage + row * u32(STAGE_ROW_BYTES) + ((chunk ^ row) << u32(4))
 
     @inline
     def store_lse(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
-        """Store a row's lse; returns where this thread's 16 bytes of the row's first 64 go, 0 if the request has no such row."""
+        """Store a row's lse; returns where this warpgroup's columns of the row go, 0 if the request has no such row."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
         q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
@@ -138,7 +140,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         address = i64(0)
         if row < rows_of_request:
             address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
-                       + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V) + (lane & u32(3)) * u32(16)))
+                       + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V)))
             if wg == 0 and lane & u32(3) == 0:
                 ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
                                                     + token * results.lse_token_stride),
@@ -146,35 +148,45 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return address
 
     @inline
-    def store_rows(o_rmem, factor_a, factor_b, address_a, address_b, base, thread_idx):
-        """The warp's 16 rows, 256 columns of each, 32 at a time: through its part of P0's place, so that a row's 4 lanes store 64 bytes."""
+    def line_address(row_address, lane, row):
+        """Where this lane's 16 bytes of a line go: of the row whose address the lanes of `row` have, one of this lane's 8; 0 if there is
+        none."""
+        address = cuda.shfl_sync(0xFFFFFFFF, row_address, i32(row * u32(4)))
+        return address + i64((lane & u32(7)) * u32(16)) if address != 0 else address
+
+    @inline
+    def store_rows(o_rmem, factors, addresses, base, thread_idx):
+        """The warp's 16 rows, 256 columns of each: 8 rows of 64 columns at a time through its part of P0's place, so that the lanes store
+        whole lines of 128 bytes, four at a time. `factors` and `addresses` are of this thread's two rows."""
         lane = thread_idx & u32(31)
         stage = base + u32(P0_SMEM) + (thread_idx >> u32(5)) * u32(STAGE_BYTES)
-        # stmatrix: lane l has the place of row l % 8 of matrix l / 8: rows 0 to 7, and 8 to 15, of one strip and of the next.
-        # So half of the matrices are 8 rows on.
-        matrix_row = (lane & u32(7)) + (lane & u32(8))
-        in_smem = stage_address(stage, matrix_row, lane >> u32(4))
-        in_smem_next = stage_address(stage, matrix_row, (lane >> u32(4)) + u32(2))
-        row_a, row_b = stage_address(stage, lane >> u32(2), lane & u32(3)), stage_address(stage, (lane >> u32(2)) + u32(8), lane & u32(3))
+        # stmatrix: lane l has the place of row l % 8 of matrix l / 8, which is a strip's 8 rows; the second four lie 64 bytes on.
+        in_smem = stage_address(stage, lane & u32(7), lane >> u32(3))
+        # Lanes 8 r to 8 r + 7 store row r, then row r + 4.
+        row = lane >> u32(3)
+        first, second = stage_address(stage, row, lane & u32(7)), stage_address(stage, row + u32(4), lane & u32(7))
         quad_rmem = cuda.local.array(8, types.uint32)
-        for i in range(0, STRIPS, STAGE_STRIPS):
-            for s in range(0, STAGE_STRIPS, 2):
-                w = 4 * (i + s)
-                ptx.stmatrix_x4(in_smem_next if s else in_smem,
-                                to_pair(o_rmem[w + 1] * factor_a, o_rmem[w] * factor_a),
-                                to_pair(o_rmem[w + 3] * factor_b, o_rmem[w + 2] * factor_b),
-                                to_pair(o_rmem[w + 5] * factor_a, o_rmem[w + 4] * factor_a),
-                                to_pair(o_rmem[w + 7] * factor_b, o_rmem[w + 6] * factor_b))
-            # The lanes' matrices are there.
-            cuda.syncwarp()
-            ptx.ld_shared_v4_b32(quad_rmem, 0, row_a)
-            ptx.ld_shared_v4_b32(quad_rmem, 4, row_b)
-            if address_a != 0:
-                ptx.st_global_v4_b32(u64(address_a) + u64(i * 16), quad_rmem[0], quad_rmem[1], quad_rmem[2], quad_rmem[3])
-            if address_b != 0:
-                ptx.st_global_v4_b32(u64(address_b) + u64(i * 16), quad_rmem[4], quad_rmem[5], quad_rmem[6], quad_rmem[7])
-            # They have been read.
-            cuda.syncwarp()
+        for half in range(2):
+            factor = factors[half]
+            address, address_below = line_address(addresses[half], lane, row), line_address(addresses[half], lane, row + u32(4))
+            for i in range(0, STRIPS, STAGE_STRIPS):
+                for s in range(0, STAGE_STRIPS, 4):
+                    w = 4 * (i + s) + 2 * half
+                    ptx.stmatrix_x4(in_smem ^ u32(16 * s),
+                                    to_pair(o_rmem[w + 1] * factor, o_rmem[w] * factor),
+                                    to_pair(o_rmem[w + 5] * factor, o_rmem[w + 4] * factor),
+                                    to_pair(o_rmem[w + 9] * factor, o_rmem[w + 8] * factor),
+                                    to_pair(o_rmem[w + 13] * factor, o_rmem[w + 12] * factor))
+                # The lanes' matrices are there.
+                cuda.syncwarp()
+                ptx.ld_shared_v4_b32(quad_rmem, 0, first)
+                ptx.ld_shared_v4_b32(quad_rmem, 4, second)
+                if address != 0:
+                    ptx.st_global_v4_b32(u64(address) + u64(i * 16), quad_rmem[0], quad_rmem[1], quad_rmem[2], quad_rmem[3])
+                if address_below != 0:
+                    ptx.st_global_v4_b32(u64(address_below) + u64(i * 16), quad_rmem[4], quad_rmem[5], quad_rmem[6], quad_rmem[7])
+                # They have been read.
+                cuda.syncwarp()
 
     @inline
     def whole_row(total, maximum):
@@ -265,7 +277,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
             row, rows = part.row, part.rows_of_request
             address_a = store_lse(row, words, wg, lane, rows, kv_head, heads_per_kv, lse2_a, results)
             address_b = store_lse(i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, lse2_b, results)
-            store_rows(o_rmem, factor_a, factor_b, address_a, address_b, base, thread_idx)
+            store_rows(o_rmem, (factor_a, factor_b), (address_a, address_b), base, thread_idx)
         elif part.counter != u64(0):
             store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
             announce(part.counter, lane)
