@@ -30,8 +30,8 @@ from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
 from verify.tolerances import FUNCTION, UNIT, gamma, unit_roundoff  # noqa: E402
 
-# 64 pairs, in parts that test processes can share out: 200, as `explore --profile quick` draws, take two cores 7 minutes.
-PARTS, PAIRS_PER_PART = 8, 8
+# 48 pairs, in parts that test processes can share out: 200, as `explore --profile quick` draws, take two cores 7 minutes.
+PARTS, PAIRS_PER_PART = 8, 6
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -70,10 +70,10 @@ def test_mutant_is_found(mutant: Mutant) -> None:
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in
                                   (("one-piece", ONE), ("pair", PAIR), ("several-pieces", SEVERAL), ("many-parts", MANY))])
 def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACase, int]) -> None:
-    """13 schedules of each case, 52 in all: no finding, and no bit depends on who came first."""
+    """8 schedules of each case, 32 in all: no finding, and no bit depends on who came first."""
     inputs = case[0].build()
     results = [decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
-                      inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(13)]
+                      inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(8)]
     for seed, result in enumerate(results):
         assert_same_results(result, results[0], f"schedule {seed}")
 

@@ -28,15 +28,17 @@ class Lines:
     """Source lines as numbers, so that every byte of memory can remember who touched it last."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[CodeType, int], int] = {}
+        # By the code's identity, which `_places` keeps, and the instruction: to hash code, or to ask for its line, takes long.
+        self._numbers: dict[tuple[int, int], int] = {}
         self._places: list[tuple[CodeType, int]] = []
 
     def number(self, frame: FrameType) -> int:
-        key = (frame.f_code, frame.f_lineno)
+        code = frame.f_code
+        key = (id(code), frame.f_lasti)
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = len(self._places)
-            self._places.append(key)
+            self._places.append((code, frame.f_lineno))
         return number
 
     def text(self, number: int) -> str:

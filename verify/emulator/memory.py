@@ -128,8 +128,22 @@ class SharedMemory:
 
     def write_rows(self, threads: list[Any], rows: np.ndarray, line: int) -> None:
         """Note that each of the threads writes its row of 16 bytes."""
-        for thread, row in zip(threads, rows, strict=True):
-            self.write(thread, int(row) * 16, 4, line)
+        words, lanes = rows[:, None] * 4 + np.arange(4), np.arange(len(threads))[:, None]
+        clocks = np.stack([thread.clock for thread in threads])
+        writers, readers = self._writer[words], self._reader[words]
+        suspect = (writers == BARRIER) | ((writers >= 0) & (clocks[lanes, writers] < self._write_epoch[words]))
+        suspect |= (readers >= 0) & (clocks[lanes, readers] < self._read_epoch[words])
+        for agent, (epochs, _) in self._agents.items():
+            suspect |= clocks[:, agent, None] < epochs[words]
+        if suspect.any() or len(np.unique(rows)) < len(rows) or (self._others and self._others.keys() & set(words.ravel().tolist())):
+            # One after the other, as what is wrong, if anything is, depends on who it is.
+            for thread, row in zip(threads, rows, strict=True):
+                self.write(thread, int(row) * 16, 4, line)
+            return
+        slots = np.array([[thread.agent] for thread in threads])
+        self._writer[words], self._write_epoch[words], self._write_line[words] = slots, clocks[lanes, slots], line
+        self._by_async[words] = False
+        self._reader[words] = NOBODY
 
     def async_read(self, thread: Any, agent: int, epoch: int, rows: np.ndarray, line: int) -> None:
         """Note that `agent`, on behalf of `thread`, reads rows of 16 bytes at any time until its `epoch`."""

@@ -138,8 +138,10 @@ MUTANTS = (
            cases=(BLOCKS,)),
     Mutant("Q freed twice", _STORE, " and (in_step or ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0)", "",
            cases=(BLOCKS,)),
-    Mutant("stage read before it is written", _STORE, "                # The lanes' matrices are there.\n                cuda.syncwarp()\n", ""),
-    Mutant("stage written before it is read", _STORE, "                # They have been read.\n                cuda.syncwarp()\n", ""),
+    Mutant("stage read before it is written", _STORE, "                # The lanes' matrices are there.\n"
+           "                cuda.syncwarp()\n", ""),
+    Mutant("stage written before it is read", _STORE, "                # They have been read.\n"
+           "                cuda.syncwarp()\n", ""),
     Mutant("rehearsal reads a block table", _LOAD, "        num_pages = num_pages if request >= 0 else i32(0)\n", "", cases=(IDLE,)),
     Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
