@@ -378,12 +378,12 @@ class Machine:
                 raise Finding("deadlock", self._deadlock())
 
     def _take(self) -> Thread:
-        ready = self.ready
+        ready, slow = self.ready, self._slow
         if self.timing is not None:
             return ready.pop(min(range(len(ready)), key=lambda i: ready[i].warp.now))
         i = int(self.rng.random() * len(ready))
-        if self._slow and ready[i].index in self._slow and self.rng.random() > SLOW_TURNS:
-            others = [i for i, thread in enumerate(ready) if thread.index not in self._slow]
+        if slow and ready[i].index in slow and self.rng.random() > SLOW_TURNS:
+            others = [i for i, thread in enumerate(ready) if thread.index not in slow]
             i = self.rng.choice(others) if others else i
         ready[i], ready[-1] = ready[-1], ready[i]
         return ready.pop()
