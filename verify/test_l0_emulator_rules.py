@@ -61,7 +61,8 @@ class Kit:
 
     def run(self, kernel: Callable[[], None], shape: tuple[int, int, int] = (1, 1, 1), num_threads: int = NUM_THREADS,
             cluster_size: int = 1) -> None:
-        self.gpu.machine.launch(kernel, "kernel", shape, num_threads, SMEM_BYTES, 1024, (), programmatic=False, cluster_size=cluster_size)
+        self.gpu.machine.launch(kernel, "kernel", shape, num_threads, SMEM_BYTES, 1024, (), programmatic=False, cluster_size=cluster_size,
+                                copies=True)
         self.gpu.machine.run()
 
 
@@ -226,6 +227,86 @@ def odd_address(k):
 @broken("misaligned", "no multiple of 16")
 def odd_vector(k):
     return lambda: k.ptx.st_global_v4_f32_if(1, k.output + 4, f32(0), f32(0), f32(0), f32(0))
+
+
+def _store_matrices(k: Kit, row: int) -> None:
+    k.ptx.stmatrix_x4(k.base() + DATA + 16 * row, 0, 0, 0, 0)
+
+
+@healthy
+def matrices_stored_read_and_stored_again(k):
+    def kernel():
+        for _ in range(2):
+            _store_matrices(k, k.thread)
+            k.cuda.syncthreads()
+            _read(k, 4 * (k.thread ^ 32))
+            k.cuda.syncthreads()
+    return kernel
+
+
+@broken("race", "nothing orders them")
+def two_lanes_store_one_row_of_a_matrix(k):
+    return lambda: _store_matrices(k, k.thread & ~1)
+
+
+@broken("race", "nothing orders them")
+def two_warps_store_one_matrix(k):
+    return lambda: _store_matrices(k, k.thread & 31)
+
+
+def _stored_after_a_read(k: Kit, read_again: bool) -> Callable[[], None]:
+    """Warp 0 stores matrices after warp 1 has read them, of which only time tells; before that, perhaps, it reads them itself."""
+    def kernel():
+        _store_matrices(k, k.thread)
+        k.cuda.syncthreads()
+        if k.thread >= 32:
+            _read(k, 4 * (k.thread - 32))
+            k.cuda.syncwarp()
+            if k.thread == 32:
+                k.ptx.st_relaxed(k.words, 1)
+        else:
+            while k.ptx.ld_acquire(k.words) == 0:
+                pass
+            if read_again:
+                _read(k, 4 * k.thread)
+            _store_matrices(k, k.thread)
+    return kernel
+
+
+@broken("race", "reads it at")
+def matrix_stored_over_what_another_warp_read(k):
+    return _stored_after_a_read(k, False)
+
+
+@broken("race", "reads it at")
+def matrix_stored_over_what_another_warp_and_its_own_read(k):
+    return _stored_after_a_read(k, True)
+
+
+@broken("race", "reads it at")
+def matrix_stored_over_what_tma_reads(k):
+    k.gpu.maps[k.map] = TensorMap(k.output, (64, 64, 1, 1), (128, 128 * 64, 128 * 64), (64, 64, 1, 1))
+
+    def kernel():
+        for i in range(8):
+            _store_matrices(k, 64 * i + k.thread)
+        k.ptx.fence_proxy_async_shared()
+        k.cuda.syncthreads()
+        if k.thread == 0:
+            k.ptx.tma_store_4d(k.base() + DATA, k.map, 0, 0, 0, 0)
+            k.ptx.cp_async_bulk_commit_group()
+        if k.thread < 32:
+            k.cuda.syncwarp()
+            _store_matrices(k, k.thread)
+    return kernel
+
+
+@broken("barrier", "an mbarrier lies at")
+def matrix_stored_over_an_mbarrier(k):
+    def kernel():
+        mbar = k.one_mbarrier()
+        k.ptx.stmatrix_x4(mbar + 16 * k.thread, 0, 0, 0, 0)
+    return kernel
 
 
 @broken("misaligned", "ldmatrix or stmatrix")
@@ -425,6 +506,11 @@ def lanes_at_different_collectives(k):
         else:
             k.cuda.shfl_xor_sync(0xFFFFFFFF, 0, 1)
     return kernel
+
+
+@broken("divergence", "while lanes")
+def lanes_at_different_collectives_of_one_line(k):
+    return lambda: k.cuda.shfl_xor_sync(0xFFFFFFFF, 0, 1) if k.thread & 1 else k.cuda.shfl_xor_sync(0xFFFFFFFF, 0, 2)
 
 
 @broken("divergence", "has ended")

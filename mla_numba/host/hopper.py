@@ -20,9 +20,10 @@ from .simt import merge_states as merge_states
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
-# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100), and
-# what it costs of more requests than SMs, which end whole: 3% less on 256 requests, but up to 6% more on 32 (H200). The fewest blocks that
-# are worth a piece; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces, H200).
+# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
+# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
+# H200). Where requests are more than SMs the second one is charged: 1 to 3% less on azure's batches of 256, but on those of 32, which keep
+# the first one, up to 6% more (H200).
 _OVERHEAD_BLOCKS, _OVERHEAD_BLOCKS_OF_MANY = 5, 4
 _MIN_SPLIT_BLOCKS = 2
 _UNCUT_BLOCKS = 5

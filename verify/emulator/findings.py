@@ -25,7 +25,8 @@ class Finding(Exception):
 
 
 class Lines:
-    """Source lines as numbers, so that every byte of memory can remember who touched it last."""
+    """Places in the source as numbers, one an instruction, so that every byte of memory can remember who touched it last, and lanes that
+    meet in two instructions of one line are told apart."""
 
     def __init__(self) -> None:
         # By the code's identity, which `_places` keeps, and the instruction: to hash code, or to ask for its line, takes long.

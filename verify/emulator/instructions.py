@@ -24,7 +24,7 @@ from .tensor_core import tensor_of
 
 f32 = np.float32
 WORD = 0xFFFFFFFF
-_FLOAT, _WORD = struct.Struct("<f"), struct.Struct("<I")
+_FLOAT, _BITS = struct.Struct("<f"), struct.Struct("<I")
 L2_POLICIES = {"evict_first": real.EVICT_FIRST, "evict_last": real.EVICT_LAST, "evict_normal": real.EVICT_NORMAL}
 # The rank of the block whose shared memory an address is of, above the bits that shared memory needs: so the compiler makes them
 # (`LEA R5, SR_CgaCtaId, 0x400, 0x18` in the machine code of any kernel with shared memory).
@@ -690,7 +690,7 @@ def _request_registers(warp: Warp, action: str, count: int) -> None:
 
 def _bfloat16(value: Any) -> int:
     """Bits of a float32 rounded to nearest even."""
-    (bits,) = _WORD.unpack(_FLOAT.pack(value))
+    (bits,) = _BITS.unpack(_FLOAT.pack(value))
     if bits & 0x7FFFFFFF > 0x7F800000:
         return 0x7FFF
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16

@@ -136,7 +136,7 @@ class SharedMemory:
         for agent, (epochs, _) in self._agents.items():
             suspect |= clocks[:, agent, None] < epochs[words]
         if suspect.any() or len(np.unique(rows)) < len(rows) or (self._others and self._others.keys() & set(words.ravel().tolist())):
-            # One after the other, as what is wrong, if anything is, depends on who it is.
+            # `write` has the rules: this only sees that, taken together, nothing can break one. What might is looked at one by one.
             for thread, row in zip(threads, rows, strict=True):
                 self.write(thread, int(row) * 16, 4, line)
             return
