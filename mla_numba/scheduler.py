@@ -46,8 +46,8 @@ MERGE_MAX_SHARES = 8
  MERGE_NUM_SHARES) = range(8)
 MERGE_COLUMNS = 8
 # Starts, int32 (num_workers, JOB_COLUMNS): the row of a worker's first job, so that it need not wait to know its number. An idle worker's
-# may be of a job that is none, to rehearse: where jobs have to be merged, the last one's, in no parts; else all idle ones', in one part,
-# every other one's without blocks, so that it comes to the end of a piece at once.
+# may be of a job that is none, to rehearse: where jobs have to be merged, the last one's, in no parts, with a slot that no piece has; else
+# all idle ones', in one part, every other one's without blocks, so that it comes to the end of a piece at once.
 REHEARSAL = -1
 REHEARSAL_BLOCKS = 2
 # `totals`, int32 (3,): jobs in use; pieces beyond one per job (what the workspace is sized by); rows of
@@ -59,8 +59,9 @@ MAX_TRIALS = 16
 
 
 def num_partial_slots(extra_splits: int) -> int:
-    """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job."""
-    return 2 * extra_splits
+    """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job, and the one
+    that a rehearsal fills."""
+    return 2 * extra_splits + 1 if extra_splits > 0 else 0
 
 
 def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural: Callable[[Any], Any] = int, lanes: int = 1,
@@ -280,12 +281,13 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         merges[row, MERGE_NUM_SHARES] = num_shares
 
     @jit
-    def _fill_rehearsal(starts, worker, num_blocks, num_parts, block_n):
+    def _fill_rehearsal(starts, worker, num_blocks, num_parts, slot, block_n):
         """A job of no rows, whose q and pages are nowhere."""
         starts[worker, JOB_REQUEST] = REHEARSAL
         starts[worker, JOB_Q_BATCH] = REHEARSAL
         starts[worker, JOB_SEQ_LEN] = num_blocks * block_n
         starts[worker, JOB_NUM_BLOCKS] = num_blocks
+        starts[worker, JOB_FIRST_SLOT] = slot
         starts[worker, JOB_NUM_PARTS] = num_parts
 
     @jit
@@ -395,6 +397,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             for column in range(JOB_COLUMNS):
                 starts[worker, column] = jobs[job, column] if job < num_jobs else 0
             if job == num_jobs and (total_merges == 0 or worker == num_workers - 1):
-                _fill_rehearsal(starts, worker, (num_workers - worker) % 2 * REHEARSAL_BLOCKS, 0 if total_merges > 0 else 1, block_n)
+                _fill_rehearsal(starts, worker, (num_workers - worker) % 2 * REHEARSAL_BLOCKS, 0 if total_merges > 0 else 1,
+                                2 * total_extra, block_n)
 
     return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

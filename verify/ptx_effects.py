@@ -203,9 +203,7 @@ def _shared_memory(inputs: Arrays) -> Arrays:
 
 def _global_memory(inputs: Arrays) -> Arrays:
     x, count = inputs["x"], inputs["words"].size
-    quads = x.reshape(-1, 4)[:, ::-1].copy()
-    quads[::3] = inputs["quads"].reshape(-1, 4)[::3]
-    return {"words": x[:count].view(np.uint32), "floats": x[:count], "quads": quads.reshape(-1)}
+    return {"words": x[:count].view(np.uint32), "floats": x[:count], "quads": x.reshape(-1, 4)[:, ::-1].reshape(-1)}
 
 
 def _fragments(matrices: np.ndarray) -> np.ndarray:

@@ -106,8 +106,7 @@ def make_global_memory():
         ptx.ld_global_v4_f32(quad_rmem, 4, x + u64(16 * thread))
         ptx.st_global_b32(words + at, u32(ptx.ld_global_i32(x + at)))
         ptx.st_global_f32(floats + at, ptx.ld_global_f32(x + at))
-        # Every third thread stores nothing.
-        ptx.st_global_v4_f32_if(u32(thread % 3), quads + u64(16 * thread), quad_rmem[7], quad_rmem[6], quad_rmem[5], quad_rmem[4])
+        ptx.st_global_v4_f32(quads + u64(16 * thread), quad_rmem[7], quad_rmem[6], quad_rmem[5], quad_rmem[4])
 
     return kernel
 

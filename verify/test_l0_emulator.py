@@ -120,9 +120,9 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("counters", "out", "lse"))
                for name, array in (("o", o_partial), ("states", states), ("counters", counters), ("out", out), ("lse", lse))}
     tables = gpu.place_schedule(schedule).addresses
-    gpu.launch(hopper.merge_spec("float16"), (2 * num_sms, 1, 1), 0, tables["merges"], tables["totals"], address["o"], address["states"],
-               address["counters"], address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, ceil_div(heads, 16), num_kv_heads,
-               heads, np.inf)
+    gpu.launch(hopper.merge_spec("float16"), (4 * ceil_div(heads, 16), num_kv_heads, num_sms), 0, tables["merges"], tables["totals"],
+               address["o"], address["states"], address["counters"], address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, heads,
+               np.inf)
     gpu.run()
     assert not counters.any()
 

@@ -22,9 +22,12 @@ COMPUTE_CAPABILITY = (9, 0)
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
 # fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
-# H200). Where requests are more than SMs the second one is charged: 1 to 3% less on azure's batches of 256, but on those of 32, which keep
-# the first one, up to 6% more (H200).
-_OVERHEAD_BLOCKS, _OVERHEAD_BLOCKS_OF_MANY = 5, 4
+# H200).
+_OVERHEAD_BLOCKS = 5
+# Where requests are more than SMs: 1 to 3% less on azure's batches of 256, but up to 6% more on those of 32 (H200). Where one row tile
+# reads the cache, and requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for memory, and to
+# begin a piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
+_OVERHEAD_BLOCKS_OF_MANY, _OVERHEAD_BLOCKS_AT_MEMORY = 4, 3
 _MIN_SPLIT_BLOCKS = 2
 _UNCUT_BLOCKS = 5
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
@@ -87,7 +90,11 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleC
     if num_sms is None:
         num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
     team = team_size(ceil_div(max(shape.seq_len_q, 1) * shape.heads_per_kv, BLOCK_M), shape.num_heads_kv, num_sms)
-    overhead_blocks = _OVERHEAD_BLOCKS_OF_MANY if shape.batch * shape.num_heads_kv > num_sms else _OVERHEAD_BLOCKS
+    requests, overhead_blocks = shape.batch * shape.num_heads_kv, _OVERHEAD_BLOCKS
+    if team == 1 and 2 * requests >= num_sms:
+        overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
+    elif requests > num_sms:
+        overhead_blocks = _OVERHEAD_BLOCKS_OF_MANY
     return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
                           overhead_blocks=overhead_blocks, min_split_blocks=_MIN_SPLIT_BLOCKS, uncut_blocks=_UNCUT_BLOCKS,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
@@ -266,12 +273,13 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
     # A job has two pieces beyond the first for each row that it has in the merge table, or more.
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
-    merge_blocks = max(1, min(merge_rows * num_kv_heads * row_groups * ITEMS_PER_GROUP, BLOCKS_PER_SM * device.num_sms))
-    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_blocks, 1, 1)
+    merge_items = ITEMS_PER_GROUP * row_groups
+    merge_rows = max(1, min(merge_rows, BLOCKS_PER_SM * device.num_sms // (merge_items * num_kv_heads)))
+    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_items, num_kv_heads, merge_rows)
     num_requests, max_pages = block_table.shape
     table_words, cache_words = (*block_table.strides, max_pages, num_requests), (*kv_cache.strides[:3], kv_cache.shape[0])
     words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
-    merge_words = (row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse)
+    merge_words = (row_tiles, heads_per_kv, empty_lse)
     out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
     # The kernels store 16 bytes of a row at a time.
     out_fits = all(stride % 16 == 0 for stride in out_strides)

@@ -136,14 +136,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         ptx.st_shared_f32(address + u32(NEXT_ROW), b)
 
     @inline
-    def even_step(regs, at, problem, first_token, all_see, parity, has_odd, has_next):
+    def even_step(regs, at, problem, parity, has_odd, has_next):
         """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block. The flags are constants."""
         s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
 
         # Softmax.
-        hide_unseen(s_rmem, k0_smem, first_token, all_see, parity, at, problem, WARPGROUP)
         old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
@@ -152,12 +151,13 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if at.thread & u32(3) == 0:
             store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
             store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)
-        rescale(o_rmem, scale_a, scale_b)
+        # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.
+        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.
+        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))
+        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))
         sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
         sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
         pack(p_rmem, s_rmem, f32(1), f32(1))
-        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.
-        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))
 
         # O_left += P0 V0.
         o_fence(o_rmem)
@@ -181,7 +181,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if has_odd:
             # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.
             ptx.bar_sync(u32(P1_STORED), u32(NUM_CONSUMERS))
-            rescale(o_rmem, scale_a, scale_b)
+            rescale(o_rmem, scale_a, scale_b, True)
             sums_rmem[0] *= scale_a
             sums_rmem[1] *= scale_b
             o_fence(o_rmem)
@@ -204,7 +204,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             release(base, 1, 0, lane)
 
     @inline
-    def odd_step(regs, at, problem, first_token, all_see, parity, has_odd, has_next):
+    def odd_step(regs, at, problem, parity, has_odd, has_next):
         """Warpgroup 1: softmax of the odd block, O_right += P1 V1 + P0 V0, S of the next odd block. The flags are constants."""
         s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
@@ -213,7 +213,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         # Softmax.
         new_a, new_b = NO_SCORE, NO_SCORE
         if has_odd:
-            hide_unseen(s_rmem, base + u32(K1_SMEM), first_token, all_see, parity, at, problem, WARPGROUP + 1)
             new_a, new_b = row_max(s_rmem, 0) * scale_log2e, row_max(s_rmem, 1) * scale_log2e
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block.
         ptx.bar_sync(u32(P0_MAX), u32(NUM_CONSUMERS))
@@ -233,7 +232,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if has_odd:
             sums_rmem[0] += exp_row(s_rmem, 0, scale_log2e, max_a)
             sums_rmem[1] += exp_row(s_rmem, 1, scale_log2e, max_b)
-        rescale(o_rmem, both_a, both_b)
+        rescale(o_rmem, both_a, both_b, parity >= u32(NEXT_STEP))
 
         # O_right += P1 V1 + P0 V0; P1 for warpgroup 0.
         if has_odd:
@@ -268,16 +267,20 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         parity = u32(parity ^ u32(1))
         token = begin_block * i32(BLOCK_N)
         left = num_blocks
-        while left > 2:
-            even_step(regs, at, problem, token, all_see, parity, True, True)
+        while True:
+            # Here for all steps: a copy in each was 800 instructions more.
+            hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K0_SMEM), token, all_see, parity, at, problem, WARPGROUP)
+            if left <= 2:
+                break
+            even_step(regs, at, problem, parity, True, True)
             parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left == 2:
-            even_step(regs, at, problem, token, all_see, parity, True, False)
+            even_step(regs, at, problem, parity, True, False)
         else:
             release_q(at.base, at.lane, u32(0), True)
-            even_step(regs, at, problem, token, all_see, parity, False, False)
+            even_step(regs, at, problem, parity, False, False)
         return parity
 
     @inline
@@ -288,17 +291,21 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if left > 1:
             qk_block(regs, at.base, 1, parity)
             parity = u32(parity ^ u32(1))
-        while left > 3:
-            odd_step(regs, at, problem, token, all_see, parity, True, True)
+        while left > 1:
+            hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM), token, all_see, parity, at, problem, WARPGROUP + 1)
+            if left <= 3:
+                break
+            odd_step(regs, at, problem, parity, True, True)
             parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))
             token += i32(2 * BLOCK_N)
             left -= i32(2)
         if left > 1:
-            odd_step(regs, at, problem, token, all_see, parity, True, False)
+            odd_step(regs, at, problem, parity, True, False)
+            parity = u32(parity + u32(NEXT_STEP))
             left -= i32(2)
         if left == 1:
             release_q(at.base, at.lane, u32(0), True)
-            odd_step(regs, at, problem, token, all_see, parity, False, False)
+            odd_step(regs, at, problem, parity, False, False)
         return parity
 
     @inline

@@ -20,8 +20,9 @@ parts, the more blocks share (the table says):
 
 and where a pair has several warps, the first adds up what they found. What decides the order of a sum is the job's number of parts alone.
 
-The list of items (row of the merge table, KV head, 16 rows, half of O, 8 pairs) has a bound that the host knows without the lengths. The
-grid is launched programmatically: its blocks come onto the machine as the decode's leave, when all of the decode's have begun. An item
+The grid is (8 pairs, half of O and 16 rows of a job; KV heads; rows of the merge table), as many of the last as fit on the machine, of a
+bound that the host knows without the lengths; a block that has done its item goes on to the same of a later row. The grid is launched
+programmatically: its blocks come onto the machine as the decode's leave, when all of the decode's have begun. An item
 does not wait for the decode's end, but for its own parts: the decode's warps count them up in `counters`, a word for each (job, KV head,
 row tile, warp), and the last block that has seen it complete makes it 0 for the next launch. A block that comes too early goes through its
 item without loads and stores meanwhile: a rehearsal, which brings its code near.
@@ -71,7 +72,7 @@ MERGE_WARPS = MERGE_MAX_SHARES
 NUM_THREADS = 32 * MERGE_WARPS
 # Held together by an SM: what their registers must suffice for.
 BLOCKS_PER_SM = 3
-# 16 rows by 8 pairs of strips, or a share of them, are an item of the list.
+# 16 rows by 8 pairs of strips, or a share of them, are an item.
 ITEM_ROWS = 16
 PAIR = 2
 ITEMS_PER_HALF = STRIPS // (PAIR * MERGE_WARPS)
@@ -87,21 +88,22 @@ STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
 # What a block's warps share of an item: its row of the table, and whether its parts are there.
 READY = MERGE_COLUMNS
 ITEM_SMEM = MERGE_COLUMNS + 1
-# What a launch has in common.
-Shape = namedtuple("Shape", "row_tiles row_groups num_kv_heads heads_per_kv")
+# What a launch has in common, and which item of a row of the table a block has.
+Shape = namedtuple("Shape", "row_tiles heads_per_kv")
+Item = namedtuple("Item", "group half row_group kv_head")
 
 
 def merge_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `hopper_merge`'s."""
     i, stride, address = types.int32, types.int64, types.uint64
     return types.void(address, address, address, address, address, address, stride, stride, stride, address, stride, stride, stride,
-                      i, i, i, i, types.float32)
+                      i, i, types.float32)
 
 
 @cache
 def make_merge_kernel(dtype: str) -> Callable[..., None]:
-    """The kernel, not yet compiled. Any grid of one dimension, NUM_THREADS threads. `row_groups` are the 16 rows of a job that may be in
-    use, of 4 * `row_tiles`."""
+    """The kernel, not yet compiled. Grid (ITEMS_PER_GROUP for each 16 rows of a job that may be in use, KV heads, any), NUM_THREADS
+    threads."""
     to_pair = ptx.cvt_bf16x2 if dtype == "bfloat16" else ptx.cvt_f16x2
     inline = cuda.jit(device=True, forceinline=True)
 
@@ -175,16 +177,16 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 state_rmem[at] = total
 
     @inline
-    def store_state(state_rmem, item_smem, row_group, kv_head, columns, heads_per_kv, results, is_rehearsal):
+    def store_state(state_rmem, item_smem, item, columns, heads_per_kv, results, is_rehearsal):
         """Results of this lane's two rows."""
         lane = ptx.opaque_b32(u32(cuda.threadIdx.x)) & u32(31)
         column_bytes = columns + (lane & u32(3)) * u32(4)
         q_batch, q_begin = item_smem[MERGE_Q_BATCH], item_smem[MERGE_Q_BEGIN]
         num_rows = u32(item_smem[MERGE_Q_LEN] * heads_per_kv)
         for r in range(2):
-            row = u32(item_smem[MERGE_ROW_BEGIN] + row_group * u32(ITEM_ROWS) + (lane >> u32(2)) + u32(8 * r))
+            row = u32(item_smem[MERGE_ROW_BEGIN] + item.row_group * u32(ITEM_ROWS) + (lane >> u32(2)) + u32(8 * r))
             if row < num_rows:
-                token, head = i64(q_begin) + i64(row // heads_per_kv), i64(kv_head * heads_per_kv + row % heads_per_kv)
+                token, head = i64(q_begin) + i64(row // heads_per_kv), i64(item.kv_head * heads_per_kv + row % heads_per_kv)
                 total = state_rmem[2 + r]
                 factor = f32(1) / total if total > f32(0) else f32(0)
                 address = results.out + u64(q_batch * results.out_batch_stride + token * results.out_token_stride
@@ -205,10 +207,9 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
         return ptx.ld_acquire(counter) >= num_parts
 
     @inline
-    def merge_item(state_rmem, states_smem, item_smem, merge, num_parts, place, warp, lane, shape, partials, results):
-        """Item `place` of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
-        group, half, rest = place % u32(ITEMS_PER_HALF), place // u32(ITEMS_PER_HALF) % u32(2), place // u32(ITEMS_PER_GROUP)
-        row_group, kv_head = u32(u32(rest) % shape.row_groups), u32(u32(rest) // shape.row_groups)
+    def merge_item(state_rmem, states_smem, item_smem, merge, num_parts, item, warp, lane, shape, partials, results):
+        """An item of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
+        group, half, row_group = item.group, item.half, item.row_group
         first_row = u32(u32(column(merge, MERGE_ROW_BEGIN)) + row_group * u32(ITEM_ROWS))
         num_shares, share = u32(column(merge, MERGE_NUM_SHARES)), u32(column(merge, MERGE_SHARE))
         first_of_job = u32(column(merge, MERGE_FIRST_SLOT))
@@ -219,8 +220,8 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
             pair = u32(group * u32(MERGE_WARPS) + first_warp + share)
             # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows'.
             tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
-            step = u32(shape.num_kv_heads * shape.row_tiles)
-            first_slot = u32(first_of_job * step + kv_head * shape.row_tiles + tile)
+            step = u32(u32(cuda.gridDim.y) * shape.row_tiles)
+            first_slot = u32(u32(first_of_job * step) + u32(item.kv_head * shape.row_tiles) + tile)
             o_lane = partials.o + u64(part_warp * u32(WARP_PART_BYTES) + pair * u32(PAIR * STRIP_BYTES) + lane * u32(16))
             state_lane = partials.states + u64(half * u32(STATE_BYTES) + (row_group % u32(NUM_WARPS // 2) * u32(ITEM_ROWS)
                                                                            + (lane >> u32(2))) * u32(4))
@@ -248,7 +249,7 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                     if first_part == 0:
                         add_warps(state_rmem, states_smem, first_warp, num_shares, lane)
                 if first_part == 0:
-                    store_state(state_rmem, item_smem, row_group, kv_head, columns, shape.heads_per_kv, results, is_rehearsal)
+                    store_state(state_rmem, item_smem, item, columns, shape.heads_per_kv, results, is_rehearsal)
                 if not is_rehearsal:
                     break
                 is_rehearsal = False
@@ -260,31 +261,30 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 cuda.syncthreads()
 
     def hopper_merge(merges, totals, o_partial, state_partial, counters, out, out_batch_stride, out_token_stride, out_head_stride, lse,
-                     lse_batch_stride, lse_head_stride, lse_token_stride, row_tiles, row_groups, num_kv_heads, heads_per_kv, empty_lse):
+                     lse_batch_stride, lse_head_stride, lse_token_stride, row_tiles, heads_per_kv, empty_lse):
         partials = Partials(o_partial, state_partial, counters)
-        shape = Shape(u32(row_tiles), u32(row_groups), u32(num_kv_heads), u32(heads_per_kv))
+        shape = Shape(u32(row_tiles), u32(heads_per_kv))
         results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                           lse_token_stride, empty_lse)
         states_smem = cuda.shared.array(STATES_SMEM, types.float32)
         item_smem = cuda.shared.array(ITEM_SMEM, types.uint32)
         warp, lane = u32(cuda.threadIdx.x) >> u32(5), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)
-        items_per_row = u32(shape.num_kv_heads * shape.row_groups * u32(ITEMS_PER_GROUP))
-        item = u32(cuda.blockIdx.x)
+        place, row = u32(cuda.blockIdx.x), u32(cuda.blockIdx.z)
+        item = Item(place % u32(ITEMS_PER_HALF), place // u32(ITEMS_PER_HALF) % u32(2), place // u32(ITEMS_PER_GROUP),
+                    u32(cuda.blockIdx.y))
         # The tables are older than the decode. The first row is loaded beside the number of rows, in use or not: it is in the table.
         num_rows = u32(ptx.ld_global_i32(totals + u64(4 * TOTAL_MERGES)))
-        merge = load_row(merges, item // items_per_row, MERGE_COLUMNS, i32(lane))
+        merge = load_row(merges, row, MERGE_COLUMNS, i32(lane))
         # Before the number is looked at, lest the row be loaded only then: a shuffle stays where it is.
         num_parts = u32(column(merge, MERGE_NUM_PARTS))
-        num_items = u32(num_rows * items_per_row)
-        while item < num_items:
-            place = u32(item % items_per_row)
-            merge_item(state_rmem, states_smem, item_smem, merge, num_parts, place, warp, lane, shape, partials, results)
-            item = u32(item + u32(cuda.gridDim.x))
-            if item < num_items:
+        while row < num_rows:
+            merge_item(state_rmem, states_smem, item_smem, merge, num_parts, item, warp, lane, shape, partials, results)
+            row = u32(row + u32(cuda.gridDim.z))
+            if row < num_rows:
                 # All warps: they are done with what is in shared memory of the item before.
                 cuda.syncthreads()
-                merge = load_row(merges, item // items_per_row, MERGE_COLUMNS, i32(lane))
+                merge = load_row(merges, row, MERGE_COLUMNS, i32(lane))
                 num_parts = u32(column(merge, MERGE_NUM_PARTS))
         # Also where there was nothing to do: a grid that ends without having waited lets the next one start before the decode has ended.
         ptx.griddepcontrol_wait()

@@ -65,9 +65,9 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return old if new <= old + lag else new
 
     @inline
-    def rescale(o_rmem, factor_a, factor_b):
-        """O *= factor, by row; most often no row of the warp needs it."""
-        if cuda.any_sync(0xFFFFFFFF, factor_a != f32(1) or factor_b != f32(1)):
+    def rescale(o_rmem, factor_a, factor_b, has_o):
+        """O *= factor, by row; most often no row of the warp needs it, and before a piece's first product O is 0."""
+        if cuda.any_sync(0xFFFFFFFF, (factor_a != f32(1) or factor_b != f32(1)) and has_o):
             for i in range(32):
                 o_rmem[4 * i] *= factor_a
                 o_rmem[4 * i + 1] *= factor_a
@@ -97,12 +97,14 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     @inline
     def mask(s_rmem, first_token, visible_a, visible_b, thread):
         """Scores of tokens that a row does not see become -inf."""
-        token = first_token + i32((thread & u32(3)) * u32(2))
+        token = i32(first_token + i32((thread & u32(3)) * u32(2)))
+        seen_a, seen_b = i32(visible_a - token), i32(visible_b - token)
         for i in range(8):
             for c in range(2):
-                if token + i * 8 + c >= visible_a:
+                # In 32 bits: a sum with a constant would have 64.
+                if seen_a <= i32(8 * i + c):
                     s_rmem[4 * i + c] = MINUS_INFINITY
-                if token + i * 8 + c >= visible_b:
+                if seen_b <= i32(8 * i + c):
                     s_rmem[4 * i + 2 + c] = MINUS_INFINITY
 
     @inline
@@ -120,7 +122,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         # All 4 warps of this warpgroup, whose wgmma have read these rows as K.
         ptx.bar_sync(u32(barrier_idx), u32(128))
         chunk = thread & u32(63)
-        for row in range(num_tokens + i32(thread >> u32(6)), BLOCK_N, 2):
+        for row in range(i32(num_tokens + i32(thread >> u32(6))), i32(BLOCK_N), i32(2)):
             address = k_smem + row_offset(chunk >> u32(3), u32(row)) + ((chunk & u32(7)) << u32(4))
             ptx.st_shared_v4_b32(address, u32(0), u32(0), u32(0), u32(0))
         ptx.fence_proxy_async_shared()
@@ -130,7 +132,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     @inline
     def hide_unseen(s_rmem, k_smem, first_token, all_see, parity, at, problem, barrier_idx):
         """Mask the block if a row of the tile does not see all of it. Nothing is in flight here."""
-        if first_token + BLOCK_N > all_see:
+        if first_token > i32(all_see - i32(BLOCK_N)):
             # Of the few blocks at a request's end; what is read again here need not be kept in registers.
             words = piece_words(at.base, parity)
             seq_len, q_len = ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)), ptx.ld_shared_i32(words + u32(PIECE_Q_LEN))
@@ -138,8 +140,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
             visible_a, visible_b = visible_to(row, seq_len, q_len, problem), visible_to(i32(row + i32(8)), seq_len, q_len, problem)
             mask(s_rmem, first_token, visible_a, visible_b, at.thread)
-            if first_token + BLOCK_N > seq_len:
-                zero_tail(k_smem, seq_len - first_token, at.thread, barrier_idx)
+            if first_token > i32(seq_len - i32(BLOCK_N)):
+                zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
     return SimpleNamespace(row_max=row_max, exp_row=exp_row, lagging_max=lagging_max, rescale=rescale, pack=pack, visible_to=visible_to,
                            hide_unseen=hide_unseen, piece_words=piece_words)

@@ -61,12 +61,11 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
 
     @inline
-    def store_o(o_rmem, o_part, wanted):
+    def store_o(o_rmem, o_part):
         """A piece's O to its slot, as the registers hold it, not divided by the sums: 512 bytes of a warp side by side, 32 times
-        (hopper_merge reads it so). Without `wanted` the same instructions store nothing."""
+        (hopper_merge reads it so)."""
         for i in range(STRIPS):
-            ptx.st_global_v4_f32_if(wanted, o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2],
-                                    o_rmem[4 * i + 3])
+            ptx.st_global_v4_f32(o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2], o_rmem[4 * i + 3])
 
     @inline
     def store_state(state_part, max_a, max_b, sum_a, sum_b, lane):
@@ -221,20 +220,22 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
         is_last = 0 < num_parts < MERGE_LEAST_PARTS
         counter, o_part, state_part = u64(0), u64(0), u64(0)
-        # A rehearsal's job is in no parts: it stores nothing, in as many instructions.
+        # A rehearsal's job is in no parts: its O goes to a slot that nobody reads.
         is_rehearsal = num_parts == 0
-        if is_rehearsal or (num_parts > 1 and row - i32(lane >> u32(2)) < rows_of_request):
-            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows' maxima and sums.
-            step, split = u64(cuda.gridDim.z) * u64(cuda.gridDim.x), ptx.ld_shared_i32(words + u32(PIECE_SPLIT))
-            first_part = (u64(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step + u64(cuda.blockIdx.z) * u64(cuda.gridDim.x)
-                          + u64(cuda.blockIdx.x))
-            part = first_part + u64(split) * step
-            counter = partials.counters + (first_part * u64(NUM_WARPS) + u64(warp)) * u64(4)
-            o_part = partials.o + (part * u64(NUM_WARPS) + u64(warp)) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
-            state_part = partials.states + (part * u64(2) + u64(wg)) * u64(STATE_BYTES) + u64(tile_row * u32(4))
+        if is_rehearsal or (num_parts > 1 and i32(row - i32(lane >> u32(2))) < rows_of_request):
+            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows' maxima and sums. Numbers of parts are
+            # of 32 bits: half as many instructions, which short calls meet cold.
+            row_tiles, split = u32(cuda.gridDim.x), u32(ptx.ld_shared_i32(words + u32(PIECE_SPLIT)))
+            step = u32(u32(cuda.gridDim.z) * row_tiles)
+            first_part = u32(u32(u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step) + u32(u32(cuda.blockIdx.z) * row_tiles)
+                             + u32(cuda.blockIdx.x))
+            part = u32(first_part + u32(split * step))
+            counter = partials.counters + u64(u32(first_part * u32(NUM_WARPS)) + warp) * u64(4)
+            o_part = partials.o + u64(u32(part * u32(NUM_WARPS)) + warp) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
+            state_part = partials.states + u64(u32(part * u32(2)) + wg) * u64(STATE_BYTES) + u64(tile_row * u32(4))
             is_last = is_last and claim(counter, lane) > 0
             if not is_last:
-                store_o(regs.o_rmem, o_part, u32(num_parts))
+                store_o(regs.o_rmem, o_part)
             counter = u64(0) if is_rehearsal else counter
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 

@@ -73,10 +73,9 @@ def ld_shared_v4_b32(typingctx: Any, registers: Any, first: Any, address: Any) -
     return types.void(registers, i32, u32), vector_load("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
 
 
-@instruction("{ .reg .pred p; setp.ne.b32 p, <flag>, 0; @p st.global.v4.f32 [<address>], {<a>, <b>, <c>, <d>}; }")
-def st_global_v4_f32_if(flag: u32, address: u64, a: f32, b: f32, c: f32, d: f32) -> None:
-    """`st.global.v4`: four floats to an address that is a multiple of 16, by the threads whose `flag` is not 0, without a branch.
-    PTX ISA 9.7.9.11."""
+@instruction("st.global.v4.f32 [<address>], {<a>, <b>, <c>, <d>};")
+def st_global_v4_f32(address: u64, a: f32, b: f32, c: f32, d: f32) -> None:
+    """`st.global.v4`: four floats to an address that is a multiple of 16. PTX ISA 9.7.9.11."""
 
 
 @instruction("st.global.v4.b32 [<address>], {<a>, <b>, <c>, <d>};")

@@ -284,9 +284,8 @@ class Instructions:
         self._machine.touch()
         return self._machine.memory.read(self._machine.current, int(address), num_bytes, line, constant=constant)
 
-    def st_global_v4_f32_if(self, flag: int, address: int, a: Any, b: Any, c: Any, d: Any) -> None:
-        if flag:
-            self._store_global(address, np.array((a, b, c, d), np.float32), self._line())
+    def st_global_v4_f32(self, address: int, a: Any, b: Any, c: Any, d: Any) -> None:
+        self._store_global(address, np.array((a, b, c, d), np.float32), self._line())
 
     def st_global_v4_b32(self, address: int, a: int, b: int, c: int, d: int) -> None:
         self._store_global(address, np.array((a, b, c, d), np.uint32), self._line())

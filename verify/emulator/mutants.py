@@ -16,6 +16,7 @@ _WORDS_MEET = "        cuda.syncwarp()\n        if lane == 0:\n            # The
 
 # One piece of five blocks with a tail; pieces of one worker; a job in two pieces; one in more, which the merge kernel joins.
 ONE = (MLACase(seq_lens=(290,), num_heads_q=16, values="rising"), 1)
+THREE = (MLACase(seq_lens=(163,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
@@ -77,7 +78,7 @@ _P1_STORED = "            store_p(p_rmem, base + u32(P1_SMEM), at)\n"
 _P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.\n"
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
 _LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)\n"
-_MAX0_ARRIVES = ("        pack(p_rmem, s_rmem, f32(1), f32(1))\n"
+_MAX0_ARRIVES = ("        # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.\n"
                  "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
                  "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
 _MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
@@ -86,14 +87,15 @@ _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads t
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
 _ANNOUNCED = "            announce(part.counter, lane)\n"
-_O_STORED = "                store_o(regs.o_rmem, o_part, u32(num_parts))\n"
+_O_STORED = "                store_o(regs.o_rmem, o_part)\n"
 _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's mbarriers are there, too.\n"
                    "            ptx.barrier_cluster_wait()\n")
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
                  "            ptx.barrier_cluster_arrive_relaxed()\n            ptx.barrier_cluster_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
-_EVEN_STEP = "            even_step(regs, at, problem, token, all_see, parity, True, True)\n"
-_MAX0_STORED = ("            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
+_EVEN_STEP = "            even_step(regs, at, problem, parity, True, True)\n"
+_MAX0_STORED = ("        if at.thread & u32(3) == 0:\n"
+                "            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
                 "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
 
 MUTANTS = (
@@ -125,8 +127,7 @@ MUTANTS = (
     Mutant("P0 announced before it is stored", _DECODE, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED),
     Mutant("P1 announced before it is stored", _DECODE, _P1_ARRIVES, "", also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
     Mutant("maximum not awaited by warpgroup 0", _DECODE, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))")),
-    Mutant("maximum announced before it is stored", _DECODE, _MAX0_STORED, "            pass\n",
-           also=((_MAX0_ARRIVES, _MAX0_ARRIVES + "        if at.thread & u32(3) == 0:\n" + _MAX0_STORED),)),
+    Mutant("maximum announced before it is stored", _DECODE, _MAX0_STORED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_STORED),
     Mutant("maximum read and written without syncwarp", _DECODE, _MAX0_SCALES + "        cuda.syncwarp()\n", _MAX0_SCALES),
     Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
@@ -184,7 +185,9 @@ MUTANTS = (
     Mutant("page of each box", _LOAD, "u32(lane) // u32(BOXES_PER_PAGE)", "u32(lane)", cases=(SMALL_PAGES,)),
     Mutant("tail of the right side zeroed where the left's would be", _SOFTMAX, "u32(NEXT_ATOM[1]) if side", "u32(NEXT_ATOM[0]) if side",
            cases=(SMALL_PAGES,)),
-    Mutant("mask one token late", _SOFTMAX, ">= visible_a", "> visible_a"),
+    Mutant("mask one token late", _SOFTMAX, "seen_a <= i32", "seen_a < i32"),
+    Mutant("O not rescaled in a second step", _DECODE, "scale_b, parity >= u32(NEXT_STEP))", "scale_b, parity >= u32(2 * NEXT_STEP))"),
+    Mutant("step before a last block not counted", _DECODE, *_without("            parity = u32(parity + u32(NEXT_STEP))"), cases=(THREE,)),
     Mutant("P1 over Q's tile 7", _DECODE, "store_p(p_rmem, base + u32(P1_SMEM)", "store_p(p_rmem, base + u32(P1_SMEM - TILE_BYTES)",
            also=(("o_rmem, base + u32(P1_SMEM), k1_smem", "o_rmem, base + u32(P1_SMEM - TILE_BYTES), k1_smem"),)),
     Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
@@ -200,8 +203,8 @@ MUTANTS = (
            also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
-    Mutant("rehearsal stores what it made", _STORE, "store_o(regs.o_rmem, o_part, u32(num_parts))", "store_o(regs.o_rmem, o_part, u32(1))",
-           cases=((MANY[0], 7),)),
+    Mutant("rehearsal stores where a piece does", _STORE, "u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT)))",
+           "(u32(0) if num_parts == 0 else u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))))", cases=((MANY[0], 7),)),
     Mutant("rehearsal counts as a part", _STORE, "            counter = u64(0) if is_rehearsal else counter\n", "",
            cases=((MANY[0], 7),)),
     Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, "            pass\n", cases=(MANY,),
