@@ -120,6 +120,13 @@ def test_team_with_kv_heads(kv_heads, team):
     assert hopper.team_size(2, kv_heads, 132) == team
 
 
+@pytest.mark.parametrize(("requests", "heads", "kv_heads", "blocks"), [
+    (32, 16, 1, 5), (65, 64, 1, 5), (66, 64, 1, 3), (256, 16, 1, 3), (33, 32, 2, 3), (132, 128, 1, 5), (133, 128, 1, 4)])
+def test_a_piece_costs_fewer_blocks_where_blocks_take_longer(requests: int, heads: int, kv_heads: int, blocks: int) -> None:
+    shape = _shape(batch=requests, total_q=requests, num_heads_q=heads, num_heads_kv=kv_heads)
+    assert hopper.schedule_config(shape, 132).overhead_blocks == blocks
+
+
 def test_arguments_are_packed_as_the_kernels_read_them():
     spec = hopper.decode_spec("bfloat16", 64, 1)
     assert gpu.formats(spec.types()) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"

@@ -24,12 +24,12 @@ TAKES_DESCRIPTIONS = True
 # fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
 # H200).
 _OVERHEAD_BLOCKS = 5
-# Where requests are more than SMs: 1 to 3% less on azure's batches of 256, but up to 6% more on those of 32 (H200). Where one row tile
-# reads the cache, and requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for memory, and to
-# begin a piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
-_OVERHEAD_BLOCKS_OF_MANY, _OVERHEAD_BLOCKS_AT_MEMORY = 4, 3
 _MIN_SPLIT_BLOCKS = 2
 _UNCUT_BLOCKS = 5
+# What it costs where requests are more than SMs: 1 to 3% less on azure's batches of 256, but up to 6% more on those of 32 (H200); and where
+# one row tile reads the cache, and requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for
+# memory, and to begin a piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
+_OVERHEAD_BLOCKS_OF_MANY, _OVERHEAD_BLOCKS_AT_MEMORY = 4, 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.

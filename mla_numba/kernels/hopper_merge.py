@@ -22,10 +22,10 @@ and where a pair has several warps, the first adds up what they found. What deci
 
 The grid is (8 pairs, half of O and 16 rows of a job; KV heads; rows of the merge table), as many of the last as fit on the machine, of a
 bound that the host knows without the lengths; a block that has done its item goes on to the same of a later row. The grid is launched
-programmatically: its blocks come onto the machine as the decode's leave, when all of the decode's have begun. An item
-does not wait for the decode's end, but for its own parts: the decode's warps count them up in `counters`, a word for each (job, KV head,
-row tile, warp), and the last block that has seen it complete makes it 0 for the next launch. A block that comes too early goes through its
-item without loads and stores meanwhile: a rehearsal, which brings its code near.
+programmatically: its blocks come onto the machine as the decode's leave, when all of the decode's have begun. An item does not wait for the
+decode's end, but for its own parts: the decode's warps count them up in `counters`, a word for each (job, KV head, row tile, warp), and the
+last block that has seen it complete makes it 0 for the next launch. A block that comes too early goes through its item without loads and
+stores meanwhile: a rehearsal, which brings its code near.
 """
 
 import math
