@@ -59,8 +59,8 @@ MAX_TRIALS = 16
 
 
 def num_partial_slots(extra_splits: int) -> int:
-    """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job, and the one
-    that a rehearsal fills."""
+    """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job, and behind
+    them the one that a rehearsal fills."""
     return 2 * extra_splits + 1 if extra_splits > 0 else 0
 
 

@@ -19,6 +19,7 @@ if cuda.config.ENABLE_CUDASIM:
 from mla_numba.config import DecodeShape, ScheduleConfig, ceil_div  # noqa: E402
 from mla_numba.host import hopper  # noqa: E402
 from mla_numba.host.schedule import make_host_schedule  # noqa: E402
+from mla_numba.kernels.hopper_merge import ITEM_ROWS, ITEMS_PER_GROUP  # noqa: E402
 from reference.mla import merge_states_ref  # noqa: E402
 from verify import runner  # noqa: E402
 from verify.cases import MLACase  # noqa: E402
@@ -121,7 +122,8 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("counters", "out", "lse"))
                for name, array in (("o", o_partial), ("states", states), ("counters", counters), ("out", out), ("lse", lse))}
     tables = gpu.place_schedule(schedule).addresses
-    gpu.launch(hopper.merge_spec("float16"), (4 * ceil_div(heads, 16), num_kv_heads, num_sms), 0, tables["merges"], tables["totals"],
+    items = ITEMS_PER_GROUP * ceil_div(heads, ITEM_ROWS)
+    gpu.launch(hopper.merge_spec("float16"), (items, num_kv_heads, num_sms), 0, tables["merges"], tables["totals"],
                address["o"], address["states"], address["counters"], address["out"], 0, 0, 1024, address["lse"], 0, 4, 0, row_tiles, heads,
                np.inf)
     gpu.run()

@@ -98,6 +98,10 @@ def _check(schedule, shape):
                 slot = _scheduler.slot_of(schedule.num_splits, job, split)
                 assert 0 <= slot < schedule.num_slots and slot not in slots
                 slots.add(slot)
+    # A rehearsal writes where no piece does, but in the workspace.
+    for row in schedule.starts:
+        if row[JOB_REQUEST] == REHEARSAL and row[JOB_NUM_PARTS] == 0:
+            assert row[JOB_FIRST_SLOT] < schedule.num_slots and row[JOB_FIRST_SLOT] not in slots
     # Of each job of three pieces or more a row for each share of its merge.
     rows = iter(schedule.merges[:schedule.totals[TOTAL_MERGES]])
     for job, walked in sorted(pieces.items()):

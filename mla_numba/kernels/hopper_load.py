@@ -242,7 +242,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         turns = u32(i32(column(work, END_JOB) - column(work, BEGIN_JOB))) << u32(JOBS_TURN)
         block = column(work, BEGIN_BLOCK)
         if column(job, JOB_REQUEST) == i32(REHEARSAL):
-            # This worker has no work. It rehearses: two blocks of zeros, or the end of a piece, nothing stored, so that the kernel's code
+            # This worker has no work. It rehearses: two blocks of zeros, or the end of a piece, nothing kept, so that the kernel's code
             # is in L2 when the others come to it: 0.3 to 2 us of 19 to 85 where another kernel ran before (H100).
             turns, block, end_block = u32(0), i32(0), column(job, JOB_NUM_BLOCKS)
             work = end_block if lane == i32(END_BLOCK) else i32(0)
