@@ -56,6 +56,9 @@ TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
 # Shares that are tried at a time.
 MAX_TRIALS = 16
+# No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of four
+# 19.0 (one request of 8,192 tokens, 16 heads, H200).
+MOST_SINGLE_BLOCKS = 64
 
 
 def num_partial_slots(extra_splits: int) -> int:
@@ -206,7 +209,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         candidate surely suffices."""
         num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
         if trial < num_trials:
-            least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), overhead_blocks + min_split_blocks)
+            piece = 1 if axis[num_jobs] <= num_jobs * (overhead_blocks + MOST_SINGLE_BLOCKS) else 2
+            least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), natural(overhead_blocks + max(min_split_blocks, piece)))
             most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
             share = natural(least + trial)
             while (not _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),

@@ -25,7 +25,7 @@ from verify import runner  # noqa: E402
 from verify.cases import MLACase  # noqa: E402
 from verify.checks import assert_same_results, assert_within  # noqa: E402
 from verify.emulator.device import EmulatedGpu, decode  # noqa: E402
-from verify.emulator.mutants import MANY, MUTANTS, ONE, PAIR, SEVERAL, THREE, Mutant  # noqa: E402
+from verify.emulator.mutants import MANY, MUTANTS, ONE, PAIR, SEVERAL, THREE, TWO_PIECES, Mutant  # noqa: E402
 from verify.emulator.pairs import PairFailure, Schedule, check, pairs  # noqa: E402
 from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
@@ -70,9 +70,9 @@ def test_mutant_is_found(mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in
                                   (("one-piece", ONE), ("three-blocks", THREE), ("pair", PAIR), ("several-pieces", SEVERAL),
-                                   ("many-parts", MANY))])
+                                   ("many-parts", MANY), ("two-row-tiles", TWO_PIECES))])
 def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACase, int]) -> None:
-    """8 schedules of each case, 40 in all: no finding, and no bit depends on who came first."""
+    """8 schedules of each case, 48 in all: no finding, and no bit depends on who came first."""
     inputs = case[0].build()
     results = [decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
                       inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(8)]

@@ -21,10 +21,11 @@ COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
-# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
-# H200).
+# fewest blocks that are worth it, of which two together take hardly longer than one, but not where one row tile reads the cache (1 block
+# there: 0 to 9% less than 2, H200); and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two
+# pieces, H200).
 _OVERHEAD_BLOCKS = 5
-_MIN_SPLIT_BLOCKS = 2
+_MIN_SPLIT_BLOCKS, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 2, 1
 _UNCUT_BLOCKS = 5
 # What it costs where requests are more than SMs: 1 to 3% less on azure's batches of 256, but up to 6% more on those of 32 (H200); and where
 # one row tile reads the cache, and requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for
@@ -96,7 +97,8 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleC
     elif requests > num_sms:
         overhead_blocks = _OVERHEAD_BLOCKS_OF_MANY
     return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
-                          overhead_blocks=overhead_blocks, min_split_blocks=_MIN_SPLIT_BLOCKS, uncut_blocks=_UNCUT_BLOCKS,
+                          overhead_blocks=overhead_blocks, uncut_blocks=_UNCUT_BLOCKS,
+                          min_split_blocks=_MIN_SPLIT_BLOCKS_OF_ONE_TILE if team == 1 else _MIN_SPLIT_BLOCKS,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 

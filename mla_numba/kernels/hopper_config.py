@@ -64,8 +64,9 @@ WARP_PART_BYTES = STRIPS * STRIP_BYTES
 SUMS_OFFSET = 4 * BLOCK_M
 STATE_BYTES = 2 * SUMS_OFFSET
 
-# Named barriers; 0 is syncthreads. WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
-P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6
+# Named barriers; 0 is syncthreads. P0_MAX and P1_MAX are of hopper_seesaw, P0_FREE is of hopper_stream; WARPGROUP + 0 and + 1 are the
+# consumer warpgroups' own.
+P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP, P0_FREE = 1, 2, 3, 4, 5, 6, 8
 
 # Shared memory, bytes from a multiple of 1,024.
 Q_SMEM = 0
@@ -137,6 +138,12 @@ class HopperConfig:
     def cluster_size(self) -> int:
         """Thread blocks, of neighbouring row tiles, that load for each other: each loads half of a side of a block for both."""
         return 2 if self.row_tiles % 2 == 0 else 1
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether blocks are attended one after another (hopper_stream), not two at a time (hopper_seesaw): memory limits one row tile, so
+        that buffers have to be free soon; the tensor core more of them."""
+        return self.row_tiles == 1
 
     @property
     def prefetches(self) -> bool:

@@ -1,12 +1,15 @@
-"""The consumers' products: S = Q K^T and O += P V by wgmma, and how Q and P get to where the tensor core reads them."""
+"""The consumers' products: S = Q K^T and O += P V by wgmma, how Q and P get to where the tensor core reads them, and how K's buffers are
+given back."""
 
 from types import SimpleNamespace
 
 import numpy as np
+from numba.cuda import types
 
 from .. import ptx
 from .hopper_config import (
     ATOM_BYTES,
+    EMPTY_SMEM,
     FULL_SMEM,
     K0_SMEM,
     K1_SMEM,
@@ -32,8 +35,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     wgmma_qk_rmem = ptx.make_wgmma(64, config.dtype, a_in_registers=True)
     wgmma_pv = ptx.make_wgmma(256, config.dtype, b_transposed=True)
     wgmma_pv_rmem = ptx.make_wgmma(256, config.dtype, a_in_registers=True, b_transposed=True)
-    wait_all = ptx.make_wgmma_wait_group(0)
-    s_fence = ptx.make_registers_fence(32)
+    wait_all, wait_all_but_1 = ptx.make_wgmma_wait_group(0), ptx.make_wgmma_wait_group(1)
+    o_fence, s_fence, p_fence = ptx.make_registers_fence(128), ptx.make_registers_fence(32), ptx.make_registers_fence(16, types.uint32)
     CLUSTER_SIZE = config.cluster_size
     # Of Q and P; of a side of a block as K and as V, whose next tile and next 16 rows are so far away.
     K_MAJOR = u64(ptx.matrix_descriptor(ATOM_BYTES))
@@ -117,4 +120,15 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
             wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))
         ptx.wgmma_commit_group()
 
-    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem)
+    @inline
+    def release(base, buffer, side, lane):
+        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
+        if lane == 0:
+            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
+            ptx.mbarrier_arrive(mbar)
+            if CLUSTER_SIZE > 1:
+                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
+
+    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem,
+                           release=release, wait_all=wait_all, wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence,
+                           p_fence=p_fence)

@@ -17,6 +17,7 @@ from .hopper_config import (
     LEFT_TILES,
     MAX_LAG,
     MINUS_INFINITY,
+    NEXT_ROW,
     NEXT_STEP,
     PIECE_BYTES,
     PIECE_Q_LEN,
@@ -36,6 +37,16 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
     PAGES_PER_BLOCK, NEXT_TILE = config.pages_per_block, config.next_tile_bytes
     NEXT_ATOM = tuple(config.next_atom_bytes(side) for side in range(2))
+
+    @inline
+    def load_rows(address):
+        """What lies there for this thread's two rows."""
+        return ptx.ld_shared_f32(address), ptx.ld_shared_f32(address + u32(NEXT_ROW))
+
+    @inline
+    def store_rows(address, a, b):
+        ptx.st_shared_f32(address, a)
+        ptx.st_shared_f32(address + u32(NEXT_ROW), b)
 
     @inline
     def row_max(s_rmem, half):
@@ -143,5 +154,5 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             if first_token > i32(seq_len - i32(BLOCK_N)):
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
-    return SimpleNamespace(row_max=row_max, exp_row=exp_row, lagging_max=lagging_max, rescale=rescale, pack=pack, visible_to=visible_to,
-                           hide_unseen=hide_unseen, piece_words=piece_words)
+    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, row_max=row_max, exp_row=exp_row, lagging_max=lagging_max,
+                           rescale=rescale, pack=pack, visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)

@@ -7,8 +7,8 @@ from verify.cases import MLACase
 from .findings import Finding
 from .pairs import FEW_SHARE_PARTS, SHARE_PARTS, PairFailure, Schedule, check
 
-_DECODE, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
-    f"mla_numba.kernels.hopper_{part}" for part in ("decode", "load", "products", "softmax", "store", "merge", "config"))
+_DECODE, _STREAM, _SEESAW, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
+    f"mla_numba.kernels.hopper_{part}" for part in ("decode", "stream", "seesaw", "load", "products", "softmax", "store", "merge", "config"))
 
 _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.\n"
                  "        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))\n")
@@ -20,7 +20,9 @@ THREE = (MLACase(seq_lens=(163,), num_heads_q=16, values="rising"), 1)
 PAIR = (MLACase(seq_lens=(500,), num_heads_q=16, seq_len_q=2, pages="shuffled"), 2)
 NOTHING = (MLACase(seq_lens=(0,) * 3, num_heads_q=16), 1)
 SEVERAL = (MLACase(seq_lens=(70, 0, 130), num_heads_q=16, page_size=32, values="alternating"), 1)
+# Two row tiles, of one piece and of two; three of two pieces.
 TWO = (MLACase(seq_lens=(290,), num_heads_q=128), 2)
+TWO_PIECES = (MLACase(seq_lens=(163, 70), num_heads_q=128, values="rising"), 2)
 SMALL_PAGES = (MLACase(seq_lens=(75, 130), num_heads_q=16, page_size=16), 1)
 # The second job of the first request has rows for one of its two row tiles.
 UNEVEN = (MLACase(seq_lens=(150, 130), num_heads_q=96, q_lens=(2, 1)), 2)
@@ -67,10 +69,17 @@ def _without(line: str) -> tuple[str, str]:
     return line, line[:len(line) - len(line.lstrip())] + "pass"
 
 
+_OWN_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
+_OWN_RELEASE = "        release(base, wg, wg, lane)\n"
+_OTHER_DONE = "        wait_all()\n        o_fence(o_rmem)\n        release(base, 1 - wg, wg, at.lane)\n"
+_P_STORED = "        store_p(p_rmem, base + u32(P_SMEM[wg]), at)\n"
+_P_ARRIVES = ("        # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.\n"
+              "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))\n")
 _RELEASE_V0 = "        release(base, 0, 0, lane)\n"
 _PV_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
-_RELEASE_V1 = "            release(base, 1, 0, lane)\n"
-_P1V1_DONE = "            # Of the two groups in flight P1 V1 is the older one.\n            wait_all_but_1()\n"
+_RELEASE_V1 = "                release(base, 1, 0, lane)\n"
+_P1V1_DONE = ("                # Of the two groups in flight P1 V1 is the older one.\n                wait_all_but_1()\n"
+              "                o_fence(o_rmem)\n")
 _P0_STORED = "        store_p(p_rmem, base + u32(P0_SMEM), at)\n"
 _P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.\n"
                "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
@@ -81,7 +90,7 @@ _LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True
 _MAX0_ARRIVES = ("        # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.\n"
                  "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
                  "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
-_MAX0_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
+_MAX_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
 _MAX_ANEW = "        # The 4 threads of a row, before the next piece reads what the first of them wrote.\n"
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
@@ -93,7 +102,8 @@ _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's 
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
                  "            ptx.barrier_cluster_arrive_relaxed()\n            ptx.barrier_cluster_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
-_EVEN_STEP = "            even_step(regs, at, problem, parity, True, True)\n"
+_HIDE_ODD = "            hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM)"
+_OWN_BLOCK = "            own_block(regs, at, problem, 0, token, left, all_see, parity)\n"
 _MAX0_STORED = ("        if at.thread & u32(3) == 0:\n"
                 "            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
                 "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
@@ -101,34 +111,42 @@ _MAX0_STORED = ("        if at.thread & u32(3) == 0:\n"
 MUTANTS = (
     # Fences between the proxies, and of wgmma's registers.
     Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
-    Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()")),
+    # (In hopper_stream P's own fence comes before either product.)
+    Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()"), cases=(TWO,)),
     Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
     Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n        ptx.wgmma_fence()\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
     Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
-    Mutant("O used without a registers fence", _DECODE, "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n",
-           "        wait_all()\n        p_fence(p_rmem)\n"),
+    Mutant("O used without a registers fence", _STREAM, _OWN_DONE, _OWN_DONE.replace("        o_fence(o_rmem)\n", "")),
+    Mutant("O used without a registers fence, seesaw", _SEESAW, _PV_DONE, _PV_DONE.replace("        o_fence(o_rmem)\n", ""), cases=(TWO,)),
     Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"
            "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"),
     # Buffers given back too early.
-    Mutant("V0 freed before its product is done", _DECODE, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE),
-    Mutant("one group too few awaited", _DECODE, _P1V1_DONE, _P1V1_DONE.replace("but_1", "but_2"),
-           also=(("wait_all, wait_all_but_1 = ptx.make_wgmma_wait_group(0), ptx.make_wgmma_wait_group(1)",
-                  "wait_all, wait_all_but_1, wait_all_but_2 = (ptx.make_wgmma_wait_group(pending) for pending in (0, 1, 2))"),)),
-    Mutant("V1 freed before its product is awaited", _DECODE, _P1V1_DONE + "            o_fence(o_rmem)\n" + _RELEASE_V1,
-           _RELEASE_V1 + _P1V1_DONE + "            o_fence(o_rmem)\n"),
+    Mutant("V freed before its product is done", _STREAM, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE),
+    Mutant("other warpgroup's V freed before its product is done", _STREAM, _OTHER_DONE,
+           "".join(reversed(_OTHER_DONE.splitlines(keepends=True)))),
+    Mutant("V0 freed before its product is done", _SEESAW, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE, cases=(TWO,)),
+    Mutant("one group too few awaited", _SEESAW, _P1V1_DONE, _P1V1_DONE.replace("wait_all_but_1()", "ptx.make_wgmma_wait_group(2)()"),
+           cases=(TWO,)),
+    Mutant("V1 freed before its product is awaited", _SEESAW, _P1V1_DONE + _RELEASE_V1, _RELEASE_V1 + _P1V1_DONE, cases=(TWO,)),
     Mutant("producer does not wait for readers", _LOAD, *_without(
         "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))")),
     Mutant("Q loaded over the piece before", _LOAD, _PIECE_BEFORE, "", cases=(SEVERAL,)),
     Mutant("piece announced before all lanes have described it", _LOAD, _WORDS_MEET, _WORDS_MEET.partition("\n")[2]),
     Mutant("tiles of the odd block one step early", _LOAD, "load_side(base, 1, 0, turns, ", "load_side(base, 1, 0, turns ^ u32(1 << 1), "),
     # Barriers: order, counts, phases, numbers.
-    Mutant("P0 announced before it is stored", _DECODE, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED),
-    Mutant("P1 announced before it is stored", _DECODE, _P1_ARRIVES, "", also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
-    Mutant("maximum not awaited by warpgroup 0", _DECODE, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))")),
-    Mutant("maximum announced before it is stored", _DECODE, _MAX0_STORED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_STORED),
-    Mutant("maximum read and written without syncwarp", _DECODE, _MAX0_SCALES + "        cuda.syncwarp()\n", _MAX0_SCALES),
+    Mutant("P announced before it is stored", _STREAM, _P_STORED + _P_ARRIVES, _P_ARRIVES + _P_STORED),
+    Mutant("P0 stored over the results of the piece before", _STREAM,
+           *_without("            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))"), cases=(SEVERAL,),
+           also=(_without("        ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))"),)),
+    Mutant("maximum read and written without syncwarp", _STREAM, _MAX_SCALES + "        cuda.syncwarp()\n", _MAX_SCALES),
+    Mutant("P0 announced before it is stored", _SEESAW, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED, cases=(TWO,)),
+    Mutant("P1 announced before it is stored", _SEESAW, _P1_ARRIVES, "", cases=(TWO,), also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
+    Mutant("maximum not awaited by warpgroup 0", _SEESAW, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))"), cases=(TWO,)),
+    Mutant("maximum announced before it is stored", _SEESAW, _MAX0_STORED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_STORED, cases=(TWO,)),
+    Mutant("maximum read and written without syncwarp, seesaw", _SEESAW, _MAX_SCALES + "        cuda.syncwarp()\n", _MAX_SCALES,
+           cases=(TWO,)),
     Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
     Mutant("maximum begun anew before it is read", _DECODE, "        # Both warpgroups arrive and wait: the maximum has been read.\n"
@@ -157,16 +175,17 @@ MUTANTS = (
     Mutant("half of a side's bytes expected", _LOAD, "u32(SIDE_TILES[side] * TILE_BYTES))", "u32(SIDE_TILES[side] * TILE_BYTES // 2))"),
     Mutant("right side too far left", _LOAD, "row, i32(tile), kv_head", "row, i32(tile // u32(4) * u32(3)), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
-    Mutant("phase not flipped", _DECODE, _EVEN_STEP + "            parity = u32((parity ^ u32(1)) + u32(NEXT_STEP))\n", _EVEN_STEP),
-    Mutant("two barriers of one number", _CONFIG, "SUMS, WARPGROUP = 1, 2, 3, 4, 5, 6", "SUMS, WARPGROUP = 1, 2, 3, 3, 5, 6"),
-    Mutant("barrier for one warpgroup", _DECODE, "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))",
-           "        ptx.bar_arrive(u32(P0_MAX), u32(128))"),
+    Mutant("phase not flipped", _STREAM, _OWN_BLOCK + "            parity = u32(parity ^ u32(1))\n", _OWN_BLOCK),
+    Mutant("phase not flipped, seesaw", _SEESAW, "            parity = u32(parity ^ u32(1))\n" + _HIDE_ODD, _HIDE_ODD, cases=(TWO,)),
+    Mutant("two barriers of one number", _CONFIG, "WARPGROUP, P0_FREE = 1, 2, 3, 4, 5, 6, 8", "WARPGROUP, P0_FREE = 1, 2, 3, 3, 5, 6, 8"),
+    Mutant("barrier for one warpgroup", _STREAM, "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))",
+           "        ptx.bar_arrive(u32(P_STORED[wg]), u32(128))"),
     # Two thread blocks that load for each other.
     Mutant("other block's mbarriers not awaited", _DECODE, _CLUSTER_BEGINS, "            pass\n", cases=(TWO,),
            also=(("            ptx.barrier_cluster_arrive_relaxed()\n        ptx.griddepcontrol_launch",
                   "            pass\n        ptx.griddepcontrol_launch"),)),
     Mutant("block ends while the other one needs it", _DECODE, _CLUSTER_ENDS, "            pass\n", cases=((TWO[0], 4),)),
-    Mutant("buffer freed for its own block's loads only", _DECODE, *_without(
+    Mutant("buffer freed for its own block's loads only", _PRODUCTS, *_without(
         "                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))"), cases=(TWO,)),
     Mutant("buffer filled while the other block reads", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
            "8 * i), u32(NUM_WARPS // 2)", cases=(TWO,)),
@@ -186,10 +205,11 @@ MUTANTS = (
     Mutant("tail of the right side zeroed where the left's would be", _SOFTMAX, "u32(NEXT_ATOM[1]) if side", "u32(NEXT_ATOM[0]) if side",
            cases=(SMALL_PAGES,)),
     Mutant("mask one token late", _SOFTMAX, "seen_a <= i32", "seen_a < i32"),
-    Mutant("O not rescaled in a second step", _DECODE, "scale_b, parity >= u32(NEXT_STEP))", "scale_b, parity >= u32(2 * NEXT_STEP))"),
-    Mutant("step before a last block not counted", _DECODE, *_without("            parity = u32(parity + u32(NEXT_STEP))"), cases=(THREE,)),
-    Mutant("P1 over Q's tile 7", _DECODE, "store_p(p_rmem, base + u32(P1_SMEM)", "store_p(p_rmem, base + u32(P1_SMEM - TILE_BYTES)",
-           also=(("o_rmem, base + u32(P1_SMEM), k1_smem", "o_rmem, base + u32(P1_SMEM - TILE_BYTES), k1_smem"),)),
+    Mutant("O not rescaled in a second step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "wg == 1 or parity >= u32(2 * NEXT_STEP))"),
+    Mutant("O not rescaled in a second step, seesaw", _SEESAW, "scale_b, parity >= u32(NEXT_STEP))",
+           "scale_b, parity >= u32(2 * NEXT_STEP))", cases=(TWO_PIECES,)),
+    Mutant("O not rescaled by the second block of a step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "parity >= u32(NEXT_STEP))"),
+    Mutant("P1 over Q's tile 7", _CONFIG, "P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES", "P1_SMEM = Q_SMEM + (NUM_TILES - 2) * TILE_BYTES"),
     Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
     Mutant("rows of a page off by one", _LOAD, "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N))", "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N) + 1)"),
     Mutant("K0 a tile further on", _CONFIG, "K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES", "K0_SMEM = Q_SMEM + (NUM_TILES + 1) * TILE_BYTES"),

@@ -1,0 +1,146 @@
+"""The schedule where one row tile reads a block: memory is the limit, so each block is attended at once, and its buffer is free again soon.
+
+    warpgroup 0   | S = Q K0, P0 | O_left += P0 V0_left   |             | O_left += P1 V1_left   | S = Q K0, P0 | ...
+                                 v P0_STORED                            ^ P1_STORED
+    warpgroup 1                  | O_right += P0 V0_right | S = Q K1, P1 | O_right += P1 V1_right | ...
+    warpgroup 2, one warp  TMA: K0 left, K0 right, K1 right, K1 left side, each as its last reader is done
+
+Of the 4.6 us in which two blocks come from memory the tensor core needs 3.0 (an H200 at 4.27 TB/s, at 790 TFLOPS), so loads are all that
+has to overlap. P0 is of the maximum after the even block, P1 of that after the odd one; whoever stores a P has written the maximum, and
+what O is to be multiplied by.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+from numba import cuda
+
+from .. import ptx
+from .hopper_config import (
+    BLOCK_N,
+    K0_SMEM,
+    K1_SMEM,
+    LEFT_TILES,
+    MAX_SMEM,
+    NEXT_STEP,
+    NUM_CONSUMERS,
+    P0_FREE,
+    P0_SMEM,
+    P0_STORED,
+    P1_SMEM,
+    P1_STORED,
+    SCALE0_SMEM,
+    SCALE1_SMEM,
+    TILE_BYTES,
+    WARPGROUP,
+    inline,
+)
+
+i32, u32, f32 = np.int32, np.uint32, np.float32
+
+# By buffer: a block of K, its P, what that block multiplies O by, and the barrier at which these are there.
+K_SMEM, P_SMEM, SCALE_SMEM, P_STORED = (K0_SMEM, K1_SMEM), (P0_SMEM, P1_SMEM), (SCALE0_SMEM, SCALE1_SMEM), (P0_STORED, P1_STORED)
+# By warpgroup: where its columns of V begin in a block.
+V_BEGIN = (0, LEFT_TILES * TILE_BYTES)
+
+
+def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+    """(attend_even, attend_odd): what warpgroup 0 and what warpgroup 1 does of a piece."""
+    qk_block, store_p, pv_rmem, pv_smem = products.qk_block, products.store_p, products.pv_rmem, products.pv_smem
+    wait_all, o_fence, p_fence, release = products.wait_all, products.o_fence, products.p_fence, products.release
+    row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
+    pack, hide_unseen, load_rows, store_rows = softmax.pack, softmax.hide_unseen, softmax.load_rows, softmax.store_rows
+
+    @inline
+    def own_block(regs, at, problem, wg, token, left, all_see, parity):
+        """S and P of the block in this warpgroup's own buffer, and its columns of O += P V. The warpgroup is a constant."""
+        s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
+        base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
+
+        # S.
+        qk_block(regs, base, wg, parity)
+        if wg == 0 and left == 1:
+            release_q(base, lane, u32(0), True)
+        hide_unseen(s_rmem, base + u32(K_SMEM[wg]), token, all_see, parity, at, problem, WARPGROUP + wg)
+
+        # Softmax.
+        old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
+        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
+        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
+        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
+        cuda.syncwarp()
+        if at.thread & u32(3) == 0:
+            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
+            store_rows(at.row_smem + u32(SCALE_SMEM[wg]), scale_a, scale_b)
+        sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
+        sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
+        pack(p_rmem, s_rmem, f32(1), f32(1))
+
+        # P for the other warpgroup.
+        if wg == 0 and parity < u32(NEXT_STEP):
+            # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place. (Later P1_STORED says so.)
+            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
+        store_p(p_rmem, base + u32(P_SMEM[wg]), at)
+        # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.
+        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))
+
+        # O += P V.
+        rescale(o_rmem, scale_a, scale_b, wg == 1 or parity >= u32(NEXT_STEP))
+        o_fence(o_rmem)
+        p_fence(p_rmem)
+        pv_rmem(o_rmem, p_rmem, base + u32(K_SMEM[wg] + V_BEGIN[wg]), wg)
+        wait_all()
+        o_fence(o_rmem)
+        p_fence(p_rmem)
+        release(base, wg, wg, lane)
+
+    @inline
+    def other_block(regs, at, wg, parity):
+        """This warpgroup's columns of O += P V, of the block in the other one's buffer. The warpgroup is a constant."""
+        o_rmem, sums_rmem, base = regs.o_rmem, regs.sums_rmem, ptx.opaque_b32(at.base)
+        # The other warpgroup arrives, this one waits: P, V, maximum and scale are there.
+        ptx.bar_sync(u32(P_STORED[1 - wg]), u32(NUM_CONSUMERS))
+        scale_a, scale_b = load_rows(at.row_smem + u32(SCALE_SMEM[1 - wg]))
+        sums_rmem[0] *= scale_a
+        sums_rmem[1] *= scale_b
+        rescale(o_rmem, scale_a, scale_b, wg == 0 or parity >= u32(NEXT_STEP))
+        o_fence(o_rmem)
+        pv_smem(o_rmem, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg)
+        wait_all()
+        o_fence(o_rmem)
+        release(base, 1 - wg, wg, at.lane)
+
+    @inline
+    def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
+        """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
+        token, left = begin_block * i32(BLOCK_N), num_blocks
+        while left > 0:
+            own_block(regs, at, problem, 0, token, left, all_see, parity)
+            parity = u32(parity ^ u32(1))
+            if left > 1:
+                other_block(regs, at, 0, parity)
+            parity = u32(parity + u32(NEXT_STEP))
+            token += i32(2 * BLOCK_N)
+            left -= i32(2)
+        return parity
+
+    @inline
+    def attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity):
+        """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
+        token, left = begin_block * i32(BLOCK_N) + i32(BLOCK_N), num_blocks
+        # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place.
+        ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))
+        while left > 0:
+            if left == 1:
+                release_q(at.base, at.lane, u32(0), True)
+            other_block(regs, at, 1, parity)
+            if left > 1:
+                own_block(regs, at, problem, 1, token, left, all_see, parity)
+                parity = u32(parity ^ u32(1))
+            parity = u32(parity + u32(NEXT_STEP))
+            token += i32(2 * BLOCK_N)
+            left -= i32(2)
+        return parity
+
+    return attend_even, attend_odd
