@@ -9,8 +9,8 @@ The work of a batch is laid end to end on one axis, job after job, each job `ove
 A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
 at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. With a
 job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer. The share is the least
-that suffices; it is found by trying, from the average up, on the device by a warp each. Under `split_blocks`
-(batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
+that suffices, but of long jobs it is not of one block alone; it is found by trying, from the average up, on the device by a warp each.
+Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
 queries, and time: a warp takes a step per worker, in which it looks at 32 jobs, where FlashMLA's thread takes one per request.
@@ -56,8 +56,8 @@ TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
 # Shares that are tried at a time.
 MAX_TRIALS = 16
-# No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of four
-# 19.0 (one request of 8,192 tokens, 16 heads, H200).
+# No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
+# four 19.0 (one request of 8,192 tokens, 16 heads, H200).
 MOST_SINGLE_BLOCKS = 64
 
 

@@ -52,8 +52,8 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
 
     @inline
     def even_step(regs, at, problem, parity, has_odd, left):
-        """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, S of the next even block if more than two are left. The flag is a
-        constant."""
+        """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, and S of the next even block, if more than two are left. The
+        flag is a constant."""
         s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)

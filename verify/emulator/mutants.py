@@ -8,7 +8,8 @@ from .findings import Finding
 from .pairs import FEW_SHARE_PARTS, SHARE_PARTS, PairFailure, Schedule, check
 
 _DECODE, _STREAM, _SEESAW, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG = (
-    f"mla_numba.kernels.hopper_{part}" for part in ("decode", "stream", "seesaw", "load", "products", "softmax", "store", "merge", "config"))
+    f"mla_numba.kernels.hopper_{part}"
+    for part in ("decode", "stream", "seesaw", "load", "products", "softmax", "store", "merge", "config"))
 
 _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.\n"
                  "        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))\n")
@@ -209,7 +210,8 @@ MUTANTS = (
     Mutant("O not rescaled in a second step, seesaw", _SEESAW, "scale_b, parity >= u32(NEXT_STEP))",
            "scale_b, parity >= u32(2 * NEXT_STEP))", cases=(TWO_PIECES,)),
     Mutant("O not rescaled by the second block of a step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "parity >= u32(NEXT_STEP))"),
-    Mutant("P1 over Q's tile 7", _CONFIG, "P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES", "P1_SMEM = Q_SMEM + (NUM_TILES - 2) * TILE_BYTES"),
+    Mutant("P1 over Q's tile 7", _CONFIG, "P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES",
+           "P1_SMEM = Q_SMEM + (NUM_TILES - 2) * TILE_BYTES"),
     Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
     Mutant("rows of a page off by one", _LOAD, "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N))", "% u32(BLOCKS_PER_PAGE) * u32(BLOCK_N) + 1)"),
     Mutant("K0 a tile further on", _CONFIG, "K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES", "K0_SMEM = Q_SMEM + (NUM_TILES + 1) * TILE_BYTES"),
