@@ -21,9 +21,9 @@ COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
-# fewest blocks that are worth it, of which two together take hardly longer than one, but not where one row tile reads the cache (1 block
-# there: 0 to 9% less than 2, H200); and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two
-# pieces, H200).
+# fewest blocks that are worth it, of which two together take hardly longer than one, but not where one row tile reads the cache (1 instead
+# of 2 there: up to 9% less on short calls, 1% more on some long ones, H200); and how many are sooner attended by one worker than merged (4
+# blocks: 19.5 us whole, 23.9 in two pieces, H200).
 _OVERHEAD_BLOCKS = 5
 _MIN_SPLIT_BLOCKS, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 2, 1
 _UNCUT_BLOCKS = 5

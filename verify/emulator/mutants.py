@@ -72,7 +72,8 @@ def _without(line: str) -> tuple[str, str]:
 
 _OWN_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
 _OWN_RELEASE = "        release(base, wg, wg, lane)\n"
-_OTHER_DONE = "        wait_all()\n        o_fence(o_rmem)\n        release(base, 1 - wg, wg, at.lane)\n"
+_OTHER_DONE = "        wait_all()\n        o_fence(o_rmem)\n"
+_OTHER_RELEASE = "        release(base, 1 - wg, wg, at.lane)\n"
 _P_STORED = "        store_p(p_rmem, base + u32(P_SMEM[wg]), at)\n"
 _P_ARRIVES = ("        # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.\n"
               "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))\n")
@@ -125,8 +126,7 @@ MUTANTS = (
            "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"),
     # Buffers given back too early.
     Mutant("V freed before its product is done", _STREAM, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE),
-    Mutant("other warpgroup's V freed before its product is done", _STREAM, _OTHER_DONE,
-           "".join(reversed(_OTHER_DONE.splitlines(keepends=True)))),
+    Mutant("other warpgroup's V freed before its product is done", _STREAM, _OTHER_DONE + _OTHER_RELEASE, _OTHER_RELEASE + _OTHER_DONE),
     Mutant("V0 freed before its product is done", _SEESAW, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE, cases=(TWO,)),
     Mutant("one group too few awaited", _SEESAW, _P1V1_DONE, _P1V1_DONE.replace("wait_all_but_1()", "ptx.make_wgmma_wait_group(2)()"),
            cases=(TWO,)),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mla_numba.config import ceil_div
+from mla_numba.kernels.hopper_config import BLOCK_M
 from verify.cases import MLACase
 
 from .device import EmulatedGpu, decode
@@ -22,8 +24,8 @@ COSTS = {"ex2": 10 / 32, "memory": 2 / 32, "shfl.sync": 8.0, "vote.any": 8.0, "s
 # wgmma of 64 x n x 16: n / 2 cycles of the tensor core, if shared memory keeps up (FACTS.md's model).
 CYCLES_PER_COLUMN = 0.5
 TMA_LATENCY = 700.0
-# Of an SM, where two row tiles share a block of the cache: half of it comes from L2. 4,400 GB/s / 132 / 1.75 GHz, twice.
-BYTES_PER_CYCLE = 38.0
+# Of an SM whose row tile alone reads a block of the cache: 4,400 GB/s / 132 / 1.75 GHz. Of two that share one half comes from L2.
+BYTES_PER_CYCLE = 19.0
 
 # Gaps shorter than this are drawn as none.
 JOIN_CYCLES = 12.0
@@ -55,7 +57,8 @@ class Arrow:
 class Timing:
     """The clocks: every warp has its own (`Warp.now`); the tensor core has one for each quarter of an SM, memory one."""
 
-    def __init__(self) -> None:
+    def __init__(self, row_tiles: int = 1) -> None:
+        self._bytes_per_cycle = row_tiles * BYTES_PER_CYCLE
         self.spans: list[Span] = []
         self.arrows: list[Arrow] = []
         self._last: dict[tuple[str, str], int] = {}
@@ -88,7 +91,7 @@ class Timing:
     def schedule(self, warp: Any, event: Callable[[], None], num_bytes: int) -> None:
         """TMA of so many bytes is issued; `event` lets it land."""
         begin = max(warp.now, self._memory_free)
-        self._memory_free = begin + num_bytes / BYTES_PER_CYCLE
+        self._memory_free = begin + num_bytes / self._bytes_per_cycle
         self._add("TMA", "loads", begin, self._memory_free)
         heapq.heappush(self._events, (self._memory_free + TMA_LATENCY, len(self.spans), event))
 
@@ -141,8 +144,8 @@ def tensor_row(warp: Any) -> str:
 
 def record(case: MLACase) -> Timing:
     """Run a decode's first thread block by clocks."""
-    timing = Timing()
     inputs = case.build()
+    timing = Timing(ceil_div(case.seq_len_q * case.num_heads_q // case.num_heads_kv, BLOCK_M))
     decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale, inputs.causal,
            cu_seqlens_q=inputs.cu_seqlens_q, device=EmulatedGpu(num_sms=1, timing=timing))
     return timing
