@@ -128,6 +128,12 @@ def test_a_piece_costs_fewer_blocks_where_blocks_take_longer(requests: int, head
     assert hopper.schedule_config(shape, 132).overhead_blocks == blocks
 
 
+@pytest.mark.parametrize(("heads", "seq_len_q", "blocks"), [(16, 1, 1), (64, 1, 1), (16, 4, 1), (65, 1, 2), (128, 1, 2), (64, 2, 2)])
+def test_one_block_is_a_piece_only_where_one_row_tile_reads(heads: int, seq_len_q: int, blocks: int) -> None:
+    shape = _shape(seq_len_q=seq_len_q, total_q=seq_len_q, num_heads_q=heads)
+    assert hopper.schedule_config(shape, 132).min_split_blocks == blocks
+
+
 def test_arguments_are_packed_as_the_kernels_read_them():
     spec = hopper.decode_spec("bfloat16", 64, 1)
     assert gpu.formats(spec.types()) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"

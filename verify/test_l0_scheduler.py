@@ -223,6 +223,15 @@ def test_short_jobs_are_not_cut(num_blocks, num_pieces):
     _check(schedule, _shape(2))
 
 
+@pytest.mark.parametrize(("num_blocks", "num_pieces"), [(5, 1), (6, 6), (16, 16), (64, 64), (65, 33), (128, 64), (1024, 128)])
+def test_long_jobs_are_not_cut_into_single_blocks(num_blocks, num_pieces):
+    """As Hopper cuts for one row tile: of one block where a job has 64 or fewer, else of two at least."""
+    config = ScheduleConfig(64, 64, 132, 5, 1, uncut_blocks=5)
+    schedule = make_host_schedule(config, _shape(1, heads=16), _int32([64 * num_blocks]), None)
+    assert schedule.num_splits.tolist() == [0, num_pieces]
+    _check(schedule, _shape(1, heads=16))
+
+
 def test_idle_workers_rehearse_what_the_others_will_do():
     """Where jobs are merged the last one, the stores of partial results; else all, every other one only the end of a piece."""
     def rehearsals(num_blocks):
