@@ -71,6 +71,17 @@ def machine() -> str:
     return f"{cuda.get_current_device().name}, {cpu_name()}" if cuda.is_available() and not simulator() else cpu_name()
 
 
+def verdict(results: Sequence[runner.Result]) -> str:
+    """What the results say in a line. A property of which the target took no case is not one that holds."""
+    failed = sum(result.status == "failed" for result in results)
+    if failed:
+        return f"{failed} of {len(results)} failed"
+    if not runner.holds(results):
+        return "a target ran no case at all"
+    unseen = sum(result.status == "refused" for result in results)
+    return f"nothing failed, but of {unseen} of {len(results)} every case was refused" if unseen else "all properties hold"
+
+
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -84,11 +95,9 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2
     console.print(summary(results))
-    failed = sum(result.status == "failed" for result in results)
     cases, refused = sum(result.cases for result in results), sum(result.refused for result in results)
     good = runner.holds(results)
-    verdict = "all properties hold" if good else f"{failed} of {len(results)} failed" if failed else "a target ran no case at all"
-    console.print(f"{verdict}: {cases} cases, {refused} refused, profile {options.profile}, seed {options.seed}, "
+    console.print(f"{verdict(results)}: {cases} cases, {refused} refused, profile {options.profile}, seed {options.seed}, "
                   f"{sum(result.seconds for result in results):.0f} s", style="bold green" if good else "bold red", highlight=False)
     if options.json:
         about = {"profile": options.profile, "seed": options.seed, "machine": machine(), "python": platform.python_version(),

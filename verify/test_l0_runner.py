@@ -16,7 +16,7 @@ import pytest
 
 from reference import mla_decode_emulated
 from verify import runner, suite
-from verify.__main__ import main
+from verify.__main__ import main, verdict
 from verify.cases import Inputs, MLACase
 from verify.properties import PROPERTIES
 from verify.targets import external, to_kind
@@ -148,6 +148,15 @@ def test_refused_cases_are_counted_and_a_target_must_run_some(capsys: pytest.Cap
     assert result.status == "passed" and result.cases >= 10 and result.refused >= 10
     assert verify("refusing", "--property", "equals_float64") == 1
     assert "a target ran no case at all" in capsys.readouterr().out
+
+
+def test_the_verdict_tells_what_was_not_seen() -> None:
+    passed, refused, failed = (runner.Result("t", "small", "p", status, cases, 9) for status, cases in
+                               (("passed", 5), ("refused", 0), ("failed", 1)))
+    assert verdict([passed, passed]) == "all properties hold"
+    assert verdict([passed, refused]) == "nothing failed, but of 1 of 2 every case was refused"
+    assert verdict([refused]) == "a target ran no case at all"
+    assert verdict([passed, refused, failed]) == "1 of 3 failed"
 
 
 def test_the_other_sentinel_can_be_asked_for() -> None:
