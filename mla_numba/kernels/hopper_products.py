@@ -129,6 +129,27 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
             if CLUSTER_SIZE > 1:
                 ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
 
+    @inline
+    def add_own_pv(regs, base, v_smem, wg, lane):
+        """O += P V of the block in this warpgroup's own buffer, whose side of V is free then."""
+        o_fence(regs.o_rmem)
+        p_fence(regs.p_rmem)
+        pv_rmem(regs.o_rmem, regs.p_rmem, v_smem, wg)
+        wait_all()
+        o_fence(regs.o_rmem)
+        p_fence(regs.p_rmem)
+        release(base, wg, wg, lane)
+
+    @inline
+    def add_other_pv(regs, base, p_smem, v_smem, wg, lane):
+        """O += P V of the block in the other warpgroup's buffer, the same."""
+        o_fence(regs.o_rmem)
+        pv_smem(regs.o_rmem, p_smem, v_smem, wg)
+        wait_all()
+        o_fence(regs.o_rmem)
+        release(base, 1 - wg, wg, lane)
+
     return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem,
+                           add_own_pv=add_own_pv, add_other_pv=add_other_pv,
                            release=release, wait_all=wait_all, wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence,
                            p_fence=p_fence)

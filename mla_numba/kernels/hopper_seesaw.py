@@ -14,7 +14,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
-from numba import cuda
 
 from .. import ptx
 from .hopper_config import (
@@ -47,8 +46,10 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
     store_p, pv_rmem, pv_smem, qk_side, qk_block = products.store_p, products.pv_rmem, products.pv_smem, products.qk_side, products.qk_block
     wait_all, wait_all_but_1, release = products.wait_all, products.wait_all_but_1, products.release
     o_fence, s_fence, p_fence = products.o_fence, products.s_fence, products.p_fence
+    add_own_pv, add_other_pv = products.add_own_pv, products.add_other_pv
     row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
-    pack, hide_unseen, load_rows, store_rows = softmax.pack, softmax.hide_unseen, softmax.load_rows, softmax.store_rows
+    raise_max, store_max, load_rows = softmax.raise_max, softmax.store_max, softmax.load_rows
+    pack, exponentiate, hide_unseen = softmax.pack, softmax.exponentiate, softmax.hide_unseen
 
     @inline
     def even_step(regs, at, problem, parity, has_odd, left):
@@ -59,30 +60,15 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
 
         # Softmax.
-        old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
-        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
-        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
-        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
-        cuda.syncwarp()
-        if at.thread & u32(3) == 0:
-            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
-            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)
+        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)
         # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.
         # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.
         ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))
         rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))
-        sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
-        sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
-        pack(p_rmem, s_rmem, f32(1), f32(1))
+        exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b)
 
         # O_left += P0 V0.
-        o_fence(o_rmem)
-        p_fence(p_rmem)
-        pv_rmem(o_rmem, p_rmem, k0_smem, 0)
-        wait_all()
-        o_fence(o_rmem)
-        p_fence(p_rmem)
-        release(base, 0, 0, lane)
+        add_own_pv(regs, base, k0_smem, 0, lane)
 
         # P0, with the maximum after the odd block, for warpgroup 1.
         # Warpgroup 1 arrives, warpgroup 0 waits: the maximum after the odd block; and that it no longer reads P0.
@@ -114,11 +100,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 wait_all()
                 s_fence(s_rmem)
             else:
-                o_fence(o_rmem)
-                pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem, 0)
-                wait_all()
-                o_fence(o_rmem)
-                release(base, 1, 0, lane)
+                add_other_pv(regs, base, base + u32(P1_SMEM), k1_smem, 0, lane)
 
     @inline
     def odd_step(regs, at, problem, parity, has_odd):
@@ -138,10 +120,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
         scale0_a, scale0_b = load_rows(at.row_smem + u32(SCALE0_SMEM))
         both_a, both_b = scale_a * scale0_a, scale_b * scale0_b
-        cuda.syncwarp()
-        if at.thread & u32(3) == 0:
-            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
-            store_rows(at.row_smem + u32(SCALE1_SMEM), scale_a, scale_b)
+        store_max(at, SCALE1_SMEM, max_a, max_b, scale_a, scale_b)
         # Warpgroup 1 arrives, warpgroup 0 waits: the maximum after the odd block; P0's former use is over.
         ptx.bar_arrive(u32(P1_MAX), u32(NUM_CONSUMERS))
         sums_rmem[0] *= both_a

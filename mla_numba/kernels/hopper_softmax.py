@@ -16,6 +16,7 @@ from .hopper_config import (
     EXACT_STEPS,
     LEFT_TILES,
     MAX_LAG,
+    MAX_SMEM,
     MINUS_INFINITY,
     NEXT_ROW,
     NEXT_STEP,
@@ -76,6 +77,24 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return old if new <= old + lag else new
 
     @inline
+    def store_max(at, scale_smem, max_a, max_b, scale_a, scale_b):
+        """The maximum after a block, and what that multiplies O by, by one of the 4 threads of a row, when all have read the old one."""
+        cuda.syncwarp()
+        if at.thread & u32(3) == 0:
+            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
+            store_rows(at.row_smem + u32(scale_smem), scale_a, scale_b)
+
+    @inline
+    def raise_max(s_rmem, at, scale_log2e, scale_smem, parity):
+        """Take S into the maximum; returns it, and what O is to be multiplied by."""
+        old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
+        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
+        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
+        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
+        store_max(at, scale_smem, max_a, max_b, scale_a, scale_b)
+        return max_a, max_b, scale_a, scale_b
+
+    @inline
     def rescale(o_rmem, factor_a, factor_b, has_o):
         """O *= factor, by row; most often no row of the warp needs it, and before a piece's first product O is 0."""
         if cuda.any_sync(0xFFFFFFFF, (factor_a != f32(1) or factor_b != f32(1)) and has_o):
@@ -91,6 +110,14 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         for i in range(8):
             p_rmem[2 * i] = to_pair(s_rmem[4 * i + 1] * factor_a, s_rmem[4 * i] * factor_a)
             p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3] * factor_b, s_rmem[4 * i + 2] * factor_b)
+
+    @inline
+    def exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b):
+        """P of S, with the sums of its rows."""
+        s_rmem, sums_rmem = regs.s_rmem, regs.sums_rmem
+        sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
+        sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
+        pack(regs.p_rmem, s_rmem, f32(1), f32(1))
 
     @inline
     def piece_words(base, parity):
@@ -155,4 +182,5 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
     return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, row_max=row_max, exp_row=exp_row, lagging_max=lagging_max,
-                           rescale=rescale, pack=pack, visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)
+                           store_max=store_max, raise_max=raise_max, rescale=rescale, pack=pack, exponentiate=exponentiate,
+                           visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
-from numba import cuda
 
 from .. import ptx
 from .hopper_config import (
@@ -22,7 +21,6 @@ from .hopper_config import (
     K0_SMEM,
     K1_SMEM,
     LEFT_TILES,
-    MAX_SMEM,
     NEXT_STEP,
     NUM_CONSUMERS,
     P0_FREE,
@@ -37,7 +35,7 @@ from .hopper_config import (
     inline,
 )
 
-i32, u32, f32 = np.int32, np.uint32, np.float32
+i32, u32 = np.int32, np.uint32
 
 # By buffer: a block of K, its P, what that block multiplies O by, and the barrier at which these are there.
 K_SMEM, P_SMEM, SCALE_SMEM, P_STORED = (K0_SMEM, K1_SMEM), (P0_SMEM, P1_SMEM), (SCALE0_SMEM, SCALE1_SMEM), (P0_STORED, P1_STORED)
@@ -47,16 +45,14 @@ V_BEGIN = (0, LEFT_TILES * TILE_BYTES)
 
 def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     """(attend_even, attend_odd): what warpgroup 0 and what warpgroup 1 does of a piece."""
-    qk_block, store_p, pv_rmem, pv_smem = products.qk_block, products.store_p, products.pv_rmem, products.pv_smem
-    wait_all, o_fence, p_fence, release = products.wait_all, products.o_fence, products.p_fence, products.release
-    row_max, exp_row, lagging_max, rescale = softmax.row_max, softmax.exp_row, softmax.lagging_max, softmax.rescale
-    pack, hide_unseen, load_rows, store_rows = softmax.pack, softmax.hide_unseen, softmax.load_rows, softmax.store_rows
+    qk_block, store_p, add_own_pv, add_other_pv = products.qk_block, products.store_p, products.add_own_pv, products.add_other_pv
+    hide_unseen, raise_max, exponentiate = softmax.hide_unseen, softmax.raise_max, softmax.exponentiate
+    rescale, load_rows = softmax.rescale, softmax.load_rows
 
     @inline
     def own_block(regs, at, problem, wg, token, left, all_see, parity):
         """S and P of the block in this warpgroup's own buffer, and its columns of O += P V. The warpgroup is a constant."""
-        s_rmem, o_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.p_rmem, regs.sums_rmem
-        base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
+        s_rmem, base, lane, scale_log2e = regs.s_rmem, ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
 
         # S.
         qk_block(regs, base, wg, parity)
@@ -65,51 +61,32 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         hide_unseen(s_rmem, base + u32(K_SMEM[wg]), token, all_see, parity, at, problem, WARPGROUP + wg)
 
         # Softmax.
-        old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
-        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
-        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
-        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
-        cuda.syncwarp()
-        if at.thread & u32(3) == 0:
-            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
-            store_rows(at.row_smem + u32(SCALE_SMEM[wg]), scale_a, scale_b)
-        sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
-        sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
-        pack(p_rmem, s_rmem, f32(1), f32(1))
+        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE_SMEM[wg], parity)
+        exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b)
 
         # P for the other warpgroup.
         if wg == 0 and parity < u32(NEXT_STEP):
             # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place. (Later P1_STORED says so.)
             ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
-        store_p(p_rmem, base + u32(P_SMEM[wg]), at)
+        store_p(regs.p_rmem, base + u32(P_SMEM[wg]), at)
         # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.
         ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))
 
         # O += P V.
-        rescale(o_rmem, scale_a, scale_b, wg == 1 or parity >= u32(NEXT_STEP))
-        o_fence(o_rmem)
-        p_fence(p_rmem)
-        pv_rmem(o_rmem, p_rmem, base + u32(K_SMEM[wg] + V_BEGIN[wg]), wg)
-        wait_all()
-        o_fence(o_rmem)
-        p_fence(p_rmem)
-        release(base, wg, wg, lane)
+        rescale(regs.o_rmem, scale_a, scale_b, wg == 1 or parity >= u32(NEXT_STEP))
+        add_own_pv(regs, base, base + u32(K_SMEM[wg] + V_BEGIN[wg]), wg, lane)
 
     @inline
     def other_block(regs, at, wg, parity):
         """This warpgroup's columns of O += P V, of the block in the other one's buffer. The warpgroup is a constant."""
-        o_rmem, sums_rmem, base = regs.o_rmem, regs.sums_rmem, ptx.opaque_b32(at.base)
+        sums_rmem, base = regs.sums_rmem, ptx.opaque_b32(at.base)
         # The other warpgroup arrives, this one waits: P, V, maximum and scale are there.
         ptx.bar_sync(u32(P_STORED[1 - wg]), u32(NUM_CONSUMERS))
         scale_a, scale_b = load_rows(at.row_smem + u32(SCALE_SMEM[1 - wg]))
         sums_rmem[0] *= scale_a
         sums_rmem[1] *= scale_b
-        rescale(o_rmem, scale_a, scale_b, wg == 0 or parity >= u32(NEXT_STEP))
-        o_fence(o_rmem)
-        pv_smem(o_rmem, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg)
-        wait_all()
-        o_fence(o_rmem)
-        release(base, 1 - wg, wg, at.lane)
+        rescale(regs.o_rmem, scale_a, scale_b, wg == 0 or parity >= u32(NEXT_STEP))
+        add_other_pv(regs, base, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg, at.lane)
 
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):

@@ -70,15 +70,14 @@ def _without(line: str) -> tuple[str, str]:
     return line, line[:len(line) - len(line.lstrip())] + "pass"
 
 
-_OWN_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
+_OWN_DONE = "        wait_all()\n        o_fence(regs.o_rmem)\n        p_fence(regs.p_rmem)\n"
+_NO_O_FENCE = _OWN_DONE.replace("        o_fence(regs.o_rmem)\n", "")
 _OWN_RELEASE = "        release(base, wg, wg, lane)\n"
-_OTHER_DONE = "        wait_all()\n        o_fence(o_rmem)\n"
-_OTHER_RELEASE = "        release(base, 1 - wg, wg, at.lane)\n"
-_P_STORED = "        store_p(p_rmem, base + u32(P_SMEM[wg]), at)\n"
+_OTHER_DONE = "        wait_all()\n        o_fence(regs.o_rmem)\n"
+_OTHER_RELEASE = "        release(base, 1 - wg, wg, lane)\n"
+_P_STORED = "        store_p(regs.p_rmem, base + u32(P_SMEM[wg]), at)\n"
 _P_ARRIVES = ("        # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.\n"
               "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))\n")
-_RELEASE_V0 = "        release(base, 0, 0, lane)\n"
-_PV_DONE = "        wait_all()\n        o_fence(o_rmem)\n        p_fence(p_rmem)\n"
 _RELEASE_V1 = "                release(base, 1, 0, lane)\n"
 _P1V1_DONE = ("                # Of the two groups in flight P1 V1 is the older one.\n                wait_all_but_1()\n"
               "                o_fence(o_rmem)\n")
@@ -89,10 +88,11 @@ _P1_STORED = "            store_p(p_rmem, base + u32(P1_SMEM), at)\n"
 _P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.\n"
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
 _LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)\n"
+_MAX0_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)\n"
 _MAX0_ARRIVES = ("        # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.\n"
                  "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
                  "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
-_MAX_SCALES = "        scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)\n"
+_MAX_STORED = "        if at.thread & u32(3) == 0:\n            store_rows(at.row_smem + u32(MAX_SMEM)"
 _MAX_ANEW = "        # The 4 threads of a row, before the next piece reads what the first of them wrote.\n"
 _ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
@@ -106,9 +106,6 @@ _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into th
 _STATES = "what decides it is the same for all.)\n"
 _HIDE_ODD = "            hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM)"
 _OWN_BLOCK = "            own_block(regs, at, problem, 0, token, left, all_see, parity)\n"
-_MAX0_STORED = ("        if at.thread & u32(3) == 0:\n"
-                "            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)\n"
-                "            store_rows(at.row_smem + u32(SCALE0_SMEM), scale_a, scale_b)\n")
 
 MUTANTS = (
     # Fences between the proxies, and of wgmma's registers.
@@ -120,14 +117,15 @@ MUTANTS = (
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
     Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
-    Mutant("O used without a registers fence", _STREAM, _OWN_DONE, _OWN_DONE.replace("        o_fence(o_rmem)\n", "")),
-    Mutant("O used without a registers fence, seesaw", _SEESAW, _PV_DONE, _PV_DONE.replace("        o_fence(o_rmem)\n", ""), cases=(TWO,)),
+    Mutant("O used without a registers fence", _PRODUCTS, _OWN_DONE, _NO_O_FENCE),
+    Mutant("O used without a registers fence, seesaw", _PRODUCTS, _OWN_DONE, _NO_O_FENCE, cases=(TWO,)),
     Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"
            "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"),
     # Buffers given back too early.
-    Mutant("V freed before its product is done", _STREAM, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE),
-    Mutant("other warpgroup's V freed before its product is done", _STREAM, _OTHER_DONE + _OTHER_RELEASE, _OTHER_RELEASE + _OTHER_DONE),
-    Mutant("V0 freed before its product is done", _SEESAW, _PV_DONE + _RELEASE_V0, _RELEASE_V0 + _PV_DONE, cases=(TWO,)),
+    Mutant("V freed before its product is done", _PRODUCTS, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE),
+    Mutant("other warpgroup's V freed before its product is done", _PRODUCTS, _OTHER_DONE + _OTHER_RELEASE,
+           _OTHER_RELEASE + _OTHER_DONE),
+    Mutant("V0 freed before its product is done", _PRODUCTS, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE, cases=(TWO,)),
     Mutant("one group too few awaited", _SEESAW, _P1V1_DONE, _P1V1_DONE.replace("wait_all_but_1()", "ptx.make_wgmma_wait_group(2)()"),
            cases=(TWO,)),
     Mutant("V1 freed before its product is awaited", _SEESAW, _P1V1_DONE + _RELEASE_V1, _RELEASE_V1 + _P1V1_DONE, cases=(TWO,)),
@@ -141,12 +139,12 @@ MUTANTS = (
     Mutant("P0 stored over the results of the piece before", _STREAM,
            *_without("            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))"), cases=(SEVERAL,),
            also=(_without("        ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))"),)),
-    Mutant("maximum read and written without syncwarp", _STREAM, _MAX_SCALES + "        cuda.syncwarp()\n", _MAX_SCALES),
+    Mutant("maximum read and written without syncwarp", _SOFTMAX, "        cuda.syncwarp()\n" + _MAX_STORED, _MAX_STORED),
     Mutant("P0 announced before it is stored", _SEESAW, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED, cases=(TWO,)),
     Mutant("P1 announced before it is stored", _SEESAW, _P1_ARRIVES, "", cases=(TWO,), also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
     Mutant("maximum not awaited by warpgroup 0", _SEESAW, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))"), cases=(TWO,)),
-    Mutant("maximum announced before it is stored", _SEESAW, _MAX0_STORED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_STORED, cases=(TWO,)),
-    Mutant("maximum read and written without syncwarp, seesaw", _SEESAW, _MAX_SCALES + "        cuda.syncwarp()\n", _MAX_SCALES,
+    Mutant("maximum announced before it is stored", _SEESAW, _MAX0_RAISED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_RAISED, cases=(TWO,)),
+    Mutant("maximum read and written without syncwarp, seesaw", _SOFTMAX, "        cuda.syncwarp()\n" + _MAX_STORED, _MAX_STORED,
            cases=(TWO,)),
     Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
