@@ -148,7 +148,7 @@ class HopperConfig:
     @property
     def prefetches(self) -> bool:
         """Whether blocks are brought to L2 ahead of their loads: one row tile is limited by memory's bandwidth, more by latency, too."""
-        return self.row_tiles > 1
+        return not self.is_stream
 
     @property
     def is_read_once(self) -> bool:
