@@ -21,16 +21,15 @@ COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
-# fewest blocks that are worth it, of which two together take hardly longer than one, but not where one row tile reads the cache (1 instead
-# of 2 there: up to 9% less on short calls, 1% more on some long ones, H200); and how many are sooner attended by one worker than merged (4
-# blocks: 19.5 us whole, 23.9 in two pieces, H200).
-_OVERHEAD_BLOCKS = 5
-_MIN_SPLIT_BLOCKS, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 2, 1
-_UNCUT_BLOCKS = 5
-# What it costs where requests are more than SMs: 1 to 3% less on azure's batches of 256, but up to 6% more on those of 32 (H200); and where
-# one row tile reads the cache, and requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for
-# memory, and to begin a piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
-_OVERHEAD_BLOCKS_OF_MANY, _OVERHEAD_BLOCKS_AT_MEMORY = 4, 3
+# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
+# H200).
+_OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS, _UNCUT_BLOCKS = 4, 2, 5
+# The same where one row tile reads the cache. One block is worth a piece there (up to 9% less on short calls, 1% more on some long ones;
+# with 128 heads 23% more on 4 requests of 1,024 tokens, H200).
+_OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 5, 1
+# And where its requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for memory, and to begin a
+# piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
+_OVERHEAD_BLOCKS_AT_MEMORY = 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.
@@ -91,14 +90,13 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleC
     if num_sms is None:
         num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
     team = team_size(ceil_div(max(shape.seq_len_q, 1) * shape.heads_per_kv, BLOCK_M), shape.num_heads_kv, num_sms)
-    requests, overhead_blocks = shape.batch * shape.num_heads_kv, _OVERHEAD_BLOCKS
-    if team == 1 and 2 * requests >= num_sms:
-        overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
-    elif requests > num_sms:
-        overhead_blocks = _OVERHEAD_BLOCKS_OF_MANY
+    overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS
+    if team == 1:
+        overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
+        if 2 * shape.batch * shape.num_heads_kv >= num_sms:
+            overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
     return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
-                          overhead_blocks=overhead_blocks, uncut_blocks=_UNCUT_BLOCKS,
-                          min_split_blocks=_MIN_SPLIT_BLOCKS_OF_ONE_TILE if team == 1 else _MIN_SPLIT_BLOCKS,
+                          overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks, uncut_blocks=_UNCUT_BLOCKS,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 

@@ -64,9 +64,8 @@ WARP_PART_BYTES = STRIPS * STRIP_BYTES
 SUMS_OFFSET = 4 * BLOCK_M
 STATE_BYTES = 2 * SUMS_OFFSET
 
-# Named barriers; 0 is syncthreads. P0_MAX and P1_MAX are of hopper_seesaw, P0_FREE is of hopper_stream; WARPGROUP + 0 and + 1 are the
-# consumer warpgroups' own.
-P0_MAX, P1_MAX, P0_STORED, P1_STORED, SUMS, WARPGROUP, P0_FREE = 1, 2, 3, 4, 5, 6, 8
+# Named barriers; 0 is syncthreads. S0_ASKED is hopper_seesaw's; WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
+P0_FREE, P0_STORED, P1_STORED, SUMS, S0_ASKED, WARPGROUP = 1, 2, 3, 4, 5, 6
 
 # Shared memory, bytes from a multiple of 1,024.
 Q_SMEM = 0

@@ -87,7 +87,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     BOXES, BOXES_PER_PAGE = BLOCK_N // BOX_ROWS, PAGE_ROWS // BOX_ROWS
     # What leaves first makes room for what comes: read by others too, it would be gone before they ask.
     L2_POLICY = u64(ptx.EVICT_FIRST if config.is_read_once else ptx.EVICT_NORMAL)
-    CLUSTER_SIZE, PREFETCHES, STREAM = config.cluster_size, config.prefetches, config.is_stream
+    CLUSTER_SIZE, PREFETCHES = config.cluster_size, config.prefetches
     # Both thread blocks of a cluster.
     CTA_MASK = u16(3)
 
@@ -268,15 +268,11 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         first = i32(pages.first + WINDOW)
                         pages = Pages(first, pages.next_window, load_page_ids(tables, job, i32(first + WINDOW), lane))
                     load_side(base, 0, 0, turns, maps, kv_head, block, pages, lane)
-                    if STREAM or block == begin:
-                        load_side(base, 0, 1, turns, maps, kv_head, block, pages, lane)
+                    load_side(base, 0, 1, turns, maps, kv_head, block, pages, lane)
                     if block == begin and turns & u32(1 << LATE_Q_TURN) != 0:
                         produce_piece(base, maps.q, tables, turns, begin, stop, work, job, heads_per_kv, kv_head, lane)
                     if odd < stop:
                         load_side(base, 1, 1, turns, maps, kv_head, odd, pages, lane)
-                    if not STREAM and block > begin:
-                        load_side(base, 0, 1, turns, maps, kv_head, block, pages, lane)
-                    if odd < stop:
                         load_side(base, 1, 0, turns, maps, kv_head, odd, pages, lane)
                         turns = u32(turns ^ u32(1 << 1))
                     turns = u32(turns ^ u32(1 << 0))

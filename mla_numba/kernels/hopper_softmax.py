@@ -77,21 +77,17 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return old if new <= old + lag else new
 
     @inline
-    def store_max(at, scale_smem, max_a, max_b, scale_a, scale_b):
-        """The maximum after a block, and what that multiplies O by, by one of the 4 threads of a row, when all have read the old one."""
-        cuda.syncwarp()
-        if at.thread & u32(3) == 0:
-            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
-            store_rows(at.row_smem + u32(scale_smem), scale_a, scale_b)
-
-    @inline
     def raise_max(s_rmem, at, scale_log2e, scale_smem, parity):
         """Take S into the maximum; returns it, and what O is to be multiplied by."""
         old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
-        store_max(at, scale_smem, max_a, max_b, scale_a, scale_b)
+        # All 4 threads of a row have read the old one.
+        cuda.syncwarp()
+        if at.thread & u32(3) == 0:
+            store_rows(at.row_smem + u32(MAX_SMEM), max_a, max_b)
+            store_rows(at.row_smem + u32(scale_smem), scale_a, scale_b)
         return max_a, max_b, scale_a, scale_b
 
     @inline
@@ -163,8 +159,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         for row in range(i32(num_tokens + i32(thread >> u32(6))), i32(BLOCK_N), i32(2)):
             address = k_smem + row_offset(chunk >> u32(3), u32(row)) + ((chunk & u32(7)) << u32(4))
             ptx.st_shared_v4_b32(address, u32(0), u32(0), u32(0), u32(0))
-        ptx.fence_proxy_async_shared()
-        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.
+        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P. `store_p`, which comes
+        # before either product, has the proxy fence.
         ptx.bar_sync(u32(barrier_idx), u32(128))
 
     @inline
@@ -182,5 +178,5 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
     return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, row_max=row_max, exp_row=exp_row, lagging_max=lagging_max,
-                           store_max=store_max, raise_max=raise_max, rescale=rescale, pack=pack, exponentiate=exponentiate,
+                           raise_max=raise_max, rescale=rescale, pack=pack, exponentiate=exponentiate,
                            visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)

@@ -81,20 +81,21 @@ _P_ARRIVES = ("        # This warpgroup arrives, the other one waits: P, V, maxi
 _RELEASE_V1 = "                release(base, 1, 0, lane)\n"
 _P1V1_DONE = ("                # Of the two groups in flight P1 V1 is the older one.\n                wait_all_but_1()\n"
               "                o_fence(o_rmem)\n")
-_P0_STORED = "        store_p(p_rmem, base + u32(P0_SMEM), at)\n"
-_P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0 and V0 are there.\n"
+_P0_STORED = "        store_p(regs.p_rmem, base + u32(P0_SMEM), at)\n"
+_P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0, V0, maximum and scale are there.\n"
                "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
-_P1_STORED = "            store_p(p_rmem, base + u32(P1_SMEM), at)\n"
-_P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1 and V1 are there.\n"
+_P1_STORED = "            store_p(regs.p_rmem, base + u32(P1_SMEM), at)\n"
+_P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and scale are there.\n"
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
+_P0V0_DONE = "            wait_all()\n            o_fence(o_rmem)\n"
+_RELEASE_V0 = "            release(base, 0, 1, lane)\n"
+_P0V0_RESCALE = "        # O_left += P0 V0.\n        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))\n"
 _LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)\n"
 _MAX0_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)\n"
-_MAX0_ARRIVES = ("        # Before anything is exponentiated: in a piece's first step warpgroup 1 waits for it, too.\n"
-                 "        # Warpgroup 0 arrives, warpgroup 1 waits: the maximum after the even block, and that Q's tile 8 has been read.\n"
-                 "        ptx.bar_arrive(u32(P0_MAX), u32(NUM_CONSUMERS))\n")
+_S0_ASKED = "                ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))\n"
 _MAX_STORED = "        if at.thread & u32(3) == 0:\n            store_rows(at.row_smem + u32(MAX_SMEM)"
 _MAX_ANEW = "        # The 4 threads of a row, before the next piece reads what the first of them wrote.\n"
-_ZERO_ENDS = ("        # All 4 warps of this warpgroup, before its wgmma reads the rows as V; the other warpgroup's waits for P.\n"
+_ZERO_ENDS = ("        # before either product, has the proxy fence.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
 _ANNOUNCED = "            announce(part.counter, lane)\n"
@@ -104,14 +105,13 @@ _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's 
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
                  "            ptx.barrier_cluster_arrive_relaxed()\n            ptx.barrier_cluster_wait()\n")
 _STATES = "what decides it is the same for all.)\n"
-_HIDE_ODD = "            hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM)"
+_HIDE_ODD = "                hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM)"
 _OWN_BLOCK = "            own_block(regs, at, problem, 0, token, left, all_see, parity)\n"
 
 MUTANTS = (
     # Fences between the proxies, and of wgmma's registers.
     Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
-    # (In hopper_stream P's own fence comes before either product.)
-    Mutant("zeroed tail without a proxy fence", _SOFTMAX, *_without("        ptx.fence_proxy_async_shared()"), cases=(TWO,)),
+    Mutant("P0, P1 and a zeroed tail without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()"), cases=(TWO,)),
     Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
     Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n        ptx.wgmma_fence()\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n"
@@ -129,6 +129,7 @@ MUTANTS = (
     Mutant("one group too few awaited", _SEESAW, _P1V1_DONE, _P1V1_DONE.replace("wait_all_but_1()", "ptx.make_wgmma_wait_group(2)()"),
            cases=(TWO,)),
     Mutant("V1 freed before its product is awaited", _SEESAW, _P1V1_DONE + _RELEASE_V1, _RELEASE_V1 + _P1V1_DONE, cases=(TWO,)),
+    Mutant("V0 freed before its product is awaited", _SEESAW, _P0V0_DONE + _RELEASE_V0, _RELEASE_V0 + _P0V0_DONE, cases=(TWO,)),
     Mutant("producer does not wait for readers", _LOAD, *_without(
         "        ptx.mbarrier_wait_parity(base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8), (turns >> u32(buffer) & u32(1)) ^ u32(1))")),
     Mutant("Q loaded over the piece before", _LOAD, _PIECE_BEFORE, "", cases=(SEVERAL,)),
@@ -142,8 +143,12 @@ MUTANTS = (
     Mutant("maximum read and written without syncwarp", _SOFTMAX, "        cuda.syncwarp()\n" + _MAX_STORED, _MAX_STORED),
     Mutant("P0 announced before it is stored", _SEESAW, _P0_STORED + _P0_ARRIVES, _P0_ARRIVES + _P0_STORED, cases=(TWO,)),
     Mutant("P1 announced before it is stored", _SEESAW, _P1_ARRIVES, "", cases=(TWO,), also=((_P1_STORED, _P1_ARRIVES + _P1_STORED),)),
-    Mutant("maximum not awaited by warpgroup 0", _SEESAW, *_without("        ptx.bar_sync(u32(P1_MAX), u32(NUM_CONSUMERS))"), cases=(TWO,)),
-    Mutant("maximum announced before it is stored", _SEESAW, _MAX0_RAISED + _MAX0_ARRIVES, _MAX0_ARRIVES + _MAX0_RAISED, cases=(TWO,)),
+    Mutant("P0 stored over the results of the piece before, seesaw", _SEESAW,
+           *_without("            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))"), cases=((TWO_PIECES[0], 2),),
+           also=(_without("        ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))"),)),
+    Mutant("maximum announced before it is stored", _SEESAW, _P0_ARRIVES, "", cases=(TWO,),
+           also=((_MAX0_RAISED, _P0_ARRIVES + _MAX0_RAISED),)),
+    Mutant("S of an even block asked for in silence", _SEESAW, _S0_ASKED, "", cases=(TWO,)),
     Mutant("maximum read and written without syncwarp, seesaw", _SOFTMAX, "        cuda.syncwarp()\n" + _MAX_STORED, _MAX_STORED,
            cases=(TWO,)),
     Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
@@ -175,8 +180,8 @@ MUTANTS = (
     Mutant("right side too far left", _LOAD, "row, i32(tile), kv_head", "row, i32(tile // u32(4) * u32(3)), kv_head"),
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
     Mutant("phase not flipped", _STREAM, _OWN_BLOCK + "            parity = u32(parity ^ u32(1))\n", _OWN_BLOCK),
-    Mutant("phase not flipped, seesaw", _SEESAW, "            parity = u32(parity ^ u32(1))\n" + _HIDE_ODD, _HIDE_ODD, cases=(TWO,)),
-    Mutant("two barriers of one number", _CONFIG, "WARPGROUP, P0_FREE = 1, 2, 3, 4, 5, 6, 8", "WARPGROUP, P0_FREE = 1, 2, 3, 3, 5, 6, 8"),
+    Mutant("phase not flipped, seesaw", _SEESAW, "                parity = u32(parity ^ u32(1))\n" + _HIDE_ODD, _HIDE_ODD, cases=(TWO,)),
+    Mutant("two barriers of one number", _CONFIG, "WARPGROUP = 1, 2, 3, 4, 5, 6", "WARPGROUP = 1, 2, 2, 4, 5, 6"),
     Mutant("barrier for one warpgroup", _STREAM, "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P_STORED[wg]), u32(128))"),
     # Two thread blocks that load for each other.
@@ -205,8 +210,8 @@ MUTANTS = (
            cases=(SMALL_PAGES,)),
     Mutant("mask one token late", _SOFTMAX, "seen_a <= i32", "seen_a < i32"),
     Mutant("O not rescaled in a second step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "wg == 1 or parity >= u32(2 * NEXT_STEP))"),
-    Mutant("O not rescaled in a second step, seesaw", _SEESAW, "scale_b, parity >= u32(NEXT_STEP))",
-           "scale_b, parity >= u32(2 * NEXT_STEP))", cases=(TWO_PIECES,)),
+    Mutant("O not rescaled in a second step, seesaw", _SEESAW, _P0V0_RESCALE, _P0V0_RESCALE.replace("u32(", "u32(2 * "),
+           cases=(TWO_PIECES,)),
     Mutant("O not rescaled by the second block of a step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "parity >= u32(NEXT_STEP))"),
     Mutant("P1 over Q's tile 7", _CONFIG, "P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES",
            "P1_SMEM = Q_SMEM + (NUM_TILES - 2) * TILE_BYTES"),
