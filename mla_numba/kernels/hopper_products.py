@@ -149,7 +149,6 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         o_fence(regs.o_rmem)
         release(base, 1 - wg, wg, lane)
 
-    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_rmem=pv_rmem, pv_smem=pv_smem,
-                           add_own_pv=add_own_pv, add_other_pv=add_other_pv,
-                           release=release, wait_all=wait_all, wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence,
-                           p_fence=p_fence)
+    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_smem=pv_smem, add_own_pv=add_own_pv,
+                           add_other_pv=add_other_pv, release=release, wait_all=wait_all, wait_all_but_1=wait_all_but_1, o_fence=o_fence,
+                           s_fence=s_fence)

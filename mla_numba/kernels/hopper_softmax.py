@@ -101,19 +101,14 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                 o_rmem[4 * i + 3] *= factor_b
 
     @inline
-    def pack(p_rmem, s_rmem, factor_a, factor_b):
-        """P as wgmma's A, 16-bit, from S's registers: the layouts of D and A agree."""
-        for i in range(8):
-            p_rmem[2 * i] = to_pair(s_rmem[4 * i + 1] * factor_a, s_rmem[4 * i] * factor_a)
-            p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3] * factor_b, s_rmem[4 * i + 2] * factor_b)
-
-    @inline
     def exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b):
-        """P of S, with the sums of its rows."""
-        s_rmem, sums_rmem = regs.s_rmem, regs.sums_rmem
+        """P of S, with the sums of its rows; in 16 bits it is wgmma's A, as the layouts of D and A agree."""
+        s_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.p_rmem, regs.sums_rmem
         sums_rmem[0] = sums_rmem[0] * scale_a + exp_row(s_rmem, 0, scale_log2e, max_a)
         sums_rmem[1] = sums_rmem[1] * scale_b + exp_row(s_rmem, 1, scale_log2e, max_b)
-        pack(regs.p_rmem, s_rmem, f32(1), f32(1))
+        for i in range(8):
+            p_rmem[2 * i] = to_pair(s_rmem[4 * i + 1], s_rmem[4 * i])
+            p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3], s_rmem[4 * i + 2])
 
     @inline
     def piece_words(base, parity):
@@ -177,6 +172,5 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             if first_token > i32(seq_len - i32(BLOCK_N)):
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
-    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, row_max=row_max, exp_row=exp_row, lagging_max=lagging_max,
-                           raise_max=raise_max, rescale=rescale, pack=pack, exponentiate=exponentiate,
+    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, rescale=rescale, exponentiate=exponentiate,
                            visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)
