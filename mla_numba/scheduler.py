@@ -57,8 +57,8 @@ NUM_TOTALS = 3
 # Shares that are tried at a time.
 MAX_TRIALS = 16
 # No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
-# four 19.0 (one request of 8,192 tokens, 16 heads, H200). For every backend: it binds where each worker
-# would have one block, so that merging is most of the work.
+# four 19.0 (one request of 8,192 tokens, 16 heads, H200). For every backend: it binds where each worker would have one block, so that
+# merging is most of the work.
 MOST_SINGLE_BLOCKS = 64
 
 

@@ -93,13 +93,23 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         ptx.wgmma_commit_group()
 
     @inline
-    def qk_block(regs, base, buffer, parity):
-        """S of a block, its sides in the order in which they come."""
+    def ask_qk(regs, base, buffer, parity):
+        """Ask the tensor core for S of a block, its sides in the order in which they come."""
         s_fence(regs.s_rmem)
         qk_side(regs, base, buffer, 1 if buffer else 0, parity, False)
         qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)
+
+    @inline
+    def await_qk(regs):
+        """Until S, and whatever else is in flight, is there."""
         wait_all()
         s_fence(regs.s_rmem)
+
+    @inline
+    def qk_block(regs, base, buffer, parity):
+        """S of a block."""
+        ask_qk(regs, base, buffer, parity)
+        await_qk(regs)
 
     @inline
     def pv_rmem(o_rmem, p_rmem, v_smem, side):
@@ -149,6 +159,6 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         o_fence(regs.o_rmem)
         release(base, 1 - wg, wg, lane)
 
-    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, qk_block=qk_block, pv_smem=pv_smem, add_own_pv=add_own_pv,
-                           add_other_pv=add_other_pv, release=release, wait_all=wait_all, wait_all_but_1=wait_all_but_1, o_fence=o_fence,
-                           s_fence=s_fence)
+    return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, ask_qk=ask_qk, await_qk=await_qk, qk_block=qk_block,
+                           pv_smem=pv_smem, add_own_pv=add_own_pv, add_other_pv=add_other_pv, release=release, wait_all=wait_all,
+                           wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence)

@@ -44,16 +44,17 @@ i32, u32, f32 = np.int32, np.uint32, np.float32
 
 def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     """(attend_even, attend_odd): what warpgroup 0 and what warpgroup 1 does of a piece."""
-    store_p, pv_smem, qk_side, qk_block = products.store_p, products.pv_smem, products.qk_side, products.qk_block
+    qk_side, ask_qk, await_qk, qk_block = products.qk_side, products.ask_qk, products.await_qk, products.qk_block
+    store_p, pv_smem = products.store_p, products.pv_smem
     wait_all, wait_all_but_1, release = products.wait_all, products.wait_all_but_1, products.release
     o_fence, s_fence, add_own_pv, add_other_pv = products.o_fence, products.s_fence, products.add_own_pv, products.add_other_pv
-    hide_unseen, raise_max, exponentiate = softmax.hide_unseen, softmax.raise_max, softmax.exponentiate
-    rescale, load_rows = softmax.rescale, softmax.load_rows
+    hide_unseen, raise_max, follow_max = softmax.hide_unseen, softmax.raise_max, softmax.follow_max
+    exponentiate, rescale = softmax.exponentiate, softmax.rescale
 
     @inline
     def even_step(regs, at, problem, parity, left):
         """Warpgroup 0: softmax of the even block, O_left += P0 V0 + P1 V1, and S of the next even block, if more than two are left."""
-        s_rmem, o_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.sums_rmem
+        s_rmem, o_rmem = regs.s_rmem, regs.o_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
 
@@ -78,10 +79,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         if left > 1:
             # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and scale are there.
             ptx.bar_sync(u32(P1_STORED), u32(NUM_CONSUMERS))
-            scale_a, scale_b = load_rows(at.row_smem + u32(SCALE1_SMEM))
-            rescale(o_rmem, scale_a, scale_b, True)
-            sums_rmem[0] *= scale_a
-            sums_rmem[1] *= scale_b
+            follow_max(regs, at, SCALE1_SMEM, True)
             if left > 2:
                 # In one arm whole: no branch around products in flight.
                 o_fence(o_rmem)
@@ -95,24 +93,20 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 qk_side(regs, base, 0, 1, parity, True)
                 # Warpgroup 0 arrives, warpgroup 1 waits: the tensor core has been asked for S of the even block.
                 ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))
-                wait_all()
-                s_fence(s_rmem)
+                await_qk(regs)
             else:
                 add_other_pv(regs, base, base + u32(P1_SMEM), k1_smem, 0, lane)
 
     @inline
     def odd_step(regs, at, problem, parity, left):
         """Warpgroup 1: O_right += P0 V0, softmax of the odd block under it, O_right += P1 V1."""
-        s_rmem, o_rmem, sums_rmem = regs.s_rmem, regs.o_rmem, regs.sums_rmem
+        s_rmem, o_rmem = regs.s_rmem, regs.o_rmem
         base, lane, scale_log2e = ptx.opaque_b32(at.base), at.lane, problem.scale_log2e
         v0_smem, v1_smem = base + u32(K0_SMEM + LEFT_TILES * TILE_BYTES), base + u32(K1_SMEM + LEFT_TILES * TILE_BYTES)
 
         # Warpgroup 0 arrives, warpgroup 1 waits: P0, V0, maximum and scale are there.
         ptx.bar_sync(u32(P0_STORED), u32(NUM_CONSUMERS))
-        scale_a, scale_b = load_rows(at.row_smem + u32(SCALE0_SMEM))
-        sums_rmem[0] *= scale_a
-        sums_rmem[1] *= scale_b
-        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))
+        follow_max(regs, at, SCALE0_SMEM, parity >= u32(NEXT_STEP))
         if left > 1:
             # O_right += P0 V0, and softmax.
             o_fence(o_rmem)
@@ -138,13 +132,10 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
         token, left = begin_block * i32(BLOCK_N), num_blocks
-        s_fence(regs.s_rmem)
-        qk_side(regs, at.base, 0, 0, parity, False)
-        qk_side(regs, at.base, 0, 1, parity, True)
+        ask_qk(regs, at.base, 0, parity)
         # Warpgroup 0 arrives, warpgroup 1 waits: the tensor core has been asked for S of the even block.
         ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))
-        wait_all()
-        s_fence(regs.s_rmem)
+        await_qk(regs)
         while left > 0:
             parity = u32(parity ^ u32(1))
             hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K0_SMEM), token, all_see, parity, at, problem, WARPGROUP)

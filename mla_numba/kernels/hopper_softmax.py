@@ -101,6 +101,14 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
                 o_rmem[4 * i + 3] *= factor_b
 
     @inline
+    def follow_max(regs, at, scale_smem, has_o):
+        """Multiply the sums and O by what the other warpgroup's block has raised the maximum by."""
+        scale_a, scale_b = load_rows(at.row_smem + u32(scale_smem))
+        regs.sums_rmem[0] *= scale_a
+        regs.sums_rmem[1] *= scale_b
+        rescale(regs.o_rmem, scale_a, scale_b, has_o)
+
+    @inline
     def exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b):
         """P of S, with the sums of its rows; in 16 bits it is wgmma's A, as the layouts of D and A agree."""
         s_rmem, p_rmem, sums_rmem = regs.s_rmem, regs.p_rmem, regs.sums_rmem
@@ -172,5 +180,5 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             if first_token > i32(seq_len - i32(BLOCK_N)):
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
-    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, rescale=rescale, exponentiate=exponentiate,
-                           visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)
+    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, follow_max=follow_max, rescale=rescale,
+                           exponentiate=exponentiate, visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)

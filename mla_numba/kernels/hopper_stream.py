@@ -46,8 +46,8 @@ V_BEGIN = (0, LEFT_TILES * TILE_BYTES)
 def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     """(attend_even, attend_odd): what warpgroup 0 and what warpgroup 1 does of a piece."""
     qk_block, store_p, add_own_pv, add_other_pv = products.qk_block, products.store_p, products.add_own_pv, products.add_other_pv
-    hide_unseen, raise_max, exponentiate = softmax.hide_unseen, softmax.raise_max, softmax.exponentiate
-    rescale, load_rows = softmax.rescale, softmax.load_rows
+    hide_unseen, raise_max, follow_max = softmax.hide_unseen, softmax.raise_max, softmax.follow_max
+    exponentiate, rescale = softmax.exponentiate, softmax.rescale
 
     @inline
     def own_block(regs, at, problem, wg, token, left, all_see, parity):
@@ -79,13 +79,10 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
     @inline
     def other_block(regs, at, wg, parity):
         """This warpgroup's columns of O += P V, of the block in the other one's buffer. The warpgroup is a constant."""
-        sums_rmem, base = regs.sums_rmem, ptx.opaque_b32(at.base)
+        base = ptx.opaque_b32(at.base)
         # The other warpgroup arrives, this one waits: P, V, maximum and scale are there.
         ptx.bar_sync(u32(P_STORED[1 - wg]), u32(NUM_CONSUMERS))
-        scale_a, scale_b = load_rows(at.row_smem + u32(SCALE_SMEM[1 - wg]))
-        sums_rmem[0] *= scale_a
-        sums_rmem[1] *= scale_b
-        rescale(regs.o_rmem, scale_a, scale_b, wg == 0 or parity >= u32(NEXT_STEP))
+        follow_max(regs, at, SCALE_SMEM[1 - wg], wg == 0 or parity >= u32(NEXT_STEP))
         add_other_pv(regs, base, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg, at.lane)
 
     @inline

@@ -90,7 +90,7 @@ _P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and
 _P0V0_DONE = "            wait_all()\n            o_fence(o_rmem)\n"
 _RELEASE_V0 = "            release(base, 0, 1, lane)\n"
 _P0V0_RESCALE = "        # O_left += P0 V0.\n        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))\n"
-_LAST_QK = "        qk_side(regs, base, buffer, 0 if buffer else 1, parity, True)\n"
+_S_FENCED = "        s_fence(regs.s_rmem)\n"
 _MAX0_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)\n"
 _S0_ASKED = "                ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))\n"
 _MAX_STORED = "        if at.thread & u32(3) == 0:\n            store_rows(at.row_smem + u32(MAX_SMEM)"
@@ -111,12 +111,12 @@ _OWN_BLOCK = "            own_block(regs, at, problem, 0, token, left, all_see, 
 MUTANTS = (
     # Fences between the proxies, and of wgmma's registers.
     Mutant("P0 and P1 without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()")),
-    Mutant("P0, P1 and a zeroed tail without a proxy fence", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()"), cases=(TWO,)),
+    Mutant("P0 and P1 without a proxy fence, seesaw", _PRODUCTS, *_without("        ptx.fence_proxy_async_shared()"), cases=(TWO,)),
     Mutant("mbarriers not announced to TMA", _DECODE, *_without("            ptx.fence_mbarrier_init()")),
     Mutant("P V without wgmma.fence", _PRODUCTS, "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n        ptx.wgmma_fence()\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem", "        v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)\n"
            "        for k in range(K_STEPS):\n            wgmma_pv_rmem"),
-    Mutant("S used before the wait", _PRODUCTS, _LAST_QK + "        wait_all()\n", _LAST_QK),
+    Mutant("S used before the wait", _PRODUCTS, "        wait_all()\n" + _S_FENCED, _S_FENCED),
     Mutant("O used without a registers fence", _PRODUCTS, _OWN_DONE, _NO_O_FENCE),
     Mutant("O used without a registers fence, seesaw", _PRODUCTS, _OWN_DONE, _NO_O_FENCE, cases=(TWO,)),
     Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"
