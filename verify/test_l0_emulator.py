@@ -31,8 +31,8 @@ from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
 from verify.tolerances import FUNCTION, UNIT, gamma, unit_roundoff  # noqa: E402
 
-# 64 pairs, in parts that test processes can share out: 200, as `explore --profile quick` draws, take two cores 10 minutes.
-PARTS, PAIRS_PER_PART = 8, 8
+# 48 pairs, in parts that test processes can share out: 200, as `explore --profile quick` draws, take two cores 10 minutes.
+PARTS, PAIRS_PER_PART = 8, 6
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -72,10 +72,10 @@ def test_mutant_is_found(mutant: Mutant) -> None:
                                   (("one-piece", ONE), ("three-blocks", THREE), ("pair", PAIR), ("several-pieces", SEVERAL),
                                    ("many-parts", MANY), ("two-row-tiles", TWO_PIECES))])
 def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACase, int]) -> None:
-    """8 schedules of each case, 48 in all: no finding, and no bit depends on who came first."""
+    """6 schedules of each case, 36 in all: no finding, and no bit depends on who came first."""
     inputs = case[0].build()
     results = [decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
-                      inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(8)]
+                      inputs.causal, device=EmulatedGpu(seed, num_sms=case[1])) for seed in range(6)]
     for seed, result in enumerate(results):
         assert_same_results(result, results[0], f"schedule {seed}")
 
