@@ -53,11 +53,13 @@ def make_multiply_add():
 
 
 def make_opaque():
-    floats_fence, words_fence = ptx.make_registers_fence(4), ptx.make_registers_fence(2, types.uint32)
+    floats_begin, floats_fence = ptx.make_registers_begin(4), ptx.make_registers_fence(4)
+    words_fence = ptx.make_registers_fence(2, types.uint32)
 
     def kernel(floats, words, x):
         at = u64(16 * cuda.threadIdx.x)
         floats_rmem, words_rmem = cuda.local.array(4, types.float32), cuda.local.array(2, types.uint32)
+        floats_begin(floats_rmem)
         for i in range(4):
             floats_rmem[i] = ptx.ld_global_f32(x + at + u64(4 * i))
         for i in range(2):

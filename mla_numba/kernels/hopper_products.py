@@ -49,8 +49,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         """Of a matrix in shared memory. In a cluster bits 24 and up of an address are the block's number, which a descriptor has no place
         for: there they would change the distance between V's columns."""
         if CLUSTER_SIZE > 1:
-            address &= u32(0x3FFFF)
-        return form | u64(address >> u32(4))
+            address = u32(address & u32(0x3FFFF))
+        return form | u64(u32(address) >> u32(4))
 
     @inline
     def matrix_row(tile_smem, k, at):
@@ -112,22 +112,23 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         await_qk(regs)
 
     @inline
-    def pv_rmem(o_rmem, p_rmem, v_smem, side):
-        """O += P V of a side's columns, P from registers."""
+    def pv_rmem(o_rmem, p_rmem, v_smem, side, accumulate):
+        """O (+)= P V of a side's columns, P from registers."""
         v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
-            wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS[side]), u32(1))
+            wgmma_pv_rmem(o_rmem, p_rmem, 4 * k, v_desc + u64(k * NEXT_ROWS[side]), u32(1) if k > 0 else u32(accumulate))
         ptx.wgmma_commit_group()
 
     @inline
-    def pv_smem(o_rmem, p_smem, v_smem, side):
-        """O += P V of a side's columns, P from shared memory: the other warpgroup's."""
+    def pv_smem(o_rmem, p_smem, v_smem, side, accumulate):
+        """O (+)= P V of a side's columns, P from shared memory: the other warpgroup's."""
         p_desc = descriptor(K_MAJOR, p_smem)
         v_desc = descriptor(SIDE_MN_MAJOR[side], v_smem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):
-            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))
+            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]),
+                     u32(1) if k > 0 else u32(accumulate))
         ptx.wgmma_commit_group()
 
     @inline
@@ -140,21 +141,21 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
                 ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
 
     @inline
-    def add_own_pv(regs, base, v_smem, wg, lane):
-        """O += P V of the block in this warpgroup's own buffer, whose side of V is free then."""
+    def add_own_pv(regs, base, v_smem, wg, lane, accumulate):
+        """O (+)= P V of the block in this warpgroup's own buffer, whose side of V is free then."""
         o_fence(regs.o_rmem)
         p_fence(regs.p_rmem)
-        pv_rmem(regs.o_rmem, regs.p_rmem, v_smem, wg)
+        pv_rmem(regs.o_rmem, regs.p_rmem, v_smem, wg, accumulate)
         wait_all()
         o_fence(regs.o_rmem)
         p_fence(regs.p_rmem)
         release(base, wg, wg, lane)
 
     @inline
-    def add_other_pv(regs, base, p_smem, v_smem, wg, lane):
-        """O += P V of the block in the other warpgroup's buffer, the same."""
+    def add_other_pv(regs, base, p_smem, v_smem, wg, lane, accumulate):
+        """O (+)= P V of the block in the other warpgroup's buffer, the same."""
         o_fence(regs.o_rmem)
-        pv_smem(regs.o_rmem, p_smem, v_smem, wg)
+        pv_smem(regs.o_rmem, p_smem, v_smem, wg, accumulate)
         wait_all()
         o_fence(regs.o_rmem)
         release(base, 1 - wg, wg, lane)

@@ -59,21 +59,22 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         k0_smem, k1_smem = base + u32(K0_SMEM), base + u32(K1_SMEM)
 
         # Softmax.
-        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)
+        is_first = parity < u32(NEXT_STEP)
+        if is_first:
+            # Warpgroup 1 arrives, warpgroup 0 waits: the last maximum of the piece before has been read, and its results have left P0's
+            # place. (Later K0's right side, loaded anew, says that P0 has been read.)
+            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
+        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity, is_first)
         exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b)
 
         # P0 for warpgroup 1.
-        if parity < u32(NEXT_STEP):
-            # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place. (Later K0's right side, loaded
-            # anew, says that P0 has been read.)
-            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
         store_p(regs.p_rmem, base + u32(P0_SMEM), at)
         # Warpgroup 0 arrives, warpgroup 1 waits: P0, V0, maximum and scale are there.
         ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))
 
         # O_left += P0 V0.
-        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))
-        add_own_pv(regs, base, k0_smem, 0, lane)
+        rescale(o_rmem, scale_a, scale_b, not is_first)
+        add_own_pv(regs, base, k0_smem, 0, lane, True)
 
         # O_left += P1 V1, and S of the next even block.
         if left > 1:
@@ -84,7 +85,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 # In one arm whole: no branch around products in flight.
                 o_fence(o_rmem)
                 s_fence(s_rmem)
-                pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem, 0)
+                pv_smem(o_rmem, base + u32(P1_SMEM), k1_smem, 0, True)
                 qk_side(regs, base, 0, 0, parity, False)
                 # Of the two groups in flight P1 V1 is the older one.
                 wait_all_but_1()
@@ -95,7 +96,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))
                 await_qk(regs)
             else:
-                add_other_pv(regs, base, base + u32(P1_SMEM), k1_smem, 0, lane)
+                add_other_pv(regs, base, base + u32(P1_SMEM), k1_smem, 0, lane, True)
 
     @inline
     def odd_step(regs, at, problem, parity, left):
@@ -110,8 +111,8 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         if left > 1:
             # O_right += P0 V0, and softmax.
             o_fence(o_rmem)
-            pv_smem(o_rmem, base + u32(P0_SMEM), v0_smem, 1)
-            max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE1_SMEM, parity)
+            pv_smem(o_rmem, base + u32(P0_SMEM), v0_smem, 1, True)
+            max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE1_SMEM, parity, False)
             exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b)
 
             # P1 for warpgroup 0.
@@ -124,9 +125,9 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
 
             # O_right += P1 V1.
             rescale(o_rmem, scale_a, scale_b, True)
-            add_own_pv(regs, base, v1_smem, 1, lane)
+            add_own_pv(regs, base, v1_smem, 1, lane, True)
         else:
-            add_other_pv(regs, base, base + u32(P0_SMEM), v0_smem, 1, lane)
+            add_other_pv(regs, base, base + u32(P0_SMEM), v0_smem, 1, lane, True)
 
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
@@ -151,7 +152,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
     def attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
         token, left = begin_block * i32(BLOCK_N) + i32(BLOCK_N), num_blocks
-        # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place.
+        # Warpgroup 1 arrives, warpgroup 0 waits: the piece before's maximum has been read, and its results have left P0's place.
         ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))
         while left > 0:
             # Warpgroup 0 arrives, warpgroup 1 waits: the tensor core has been asked for S of the even block.

@@ -20,6 +20,7 @@ from .hopper_config import (
     MINUS_INFINITY,
     NEXT_ROW,
     NEXT_STEP,
+    NO_SCORE,
     PIECE_BYTES,
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
@@ -77,9 +78,11 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return old if new <= old + lag else new
 
     @inline
-    def raise_max(s_rmem, at, scale_log2e, scale_smem, parity):
-        """Take S into the maximum; returns it, and what O is to be multiplied by."""
-        old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
+    def raise_max(s_rmem, at, scale_log2e, scale_smem, parity, is_first):
+        """Take S into the maximum, which begins with a piece's first block; returns it, and what O is to be multiplied by."""
+        old_a, old_b = NO_SCORE, NO_SCORE
+        if not is_first:
+            old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
         max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
         max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
@@ -126,7 +129,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     @inline
     def visible_to(row, seq_len, q_len, problem):
         """Tokens that a packed row sees; a row that is none sees all, so that it makes no block a masked one."""
-        if problem.causal == 0 or row >= q_len * problem.heads_per_kv:
+        if problem.causal == 0 or row >= i32(q_len * problem.heads_per_kv):
             return seq_len
         # Unsigned, lest the division be one of 64 bits.
         return i32(seq_len - (q_len - i32(1) - i32(u32(row) // u32(problem.heads_per_kv))))

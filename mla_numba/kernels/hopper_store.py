@@ -41,6 +41,7 @@ from .hopper_config import (
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
+WARP_ROWS = 16
 # Strips of another piece's O that are in flight while this one's are weighted.
 STRIPS_AT_ONCE = 8
 OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
@@ -130,17 +131,19 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def store_lse(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
-        """Store a row's lse; returns where this warpgroup's columns of the row go, 0 if the request has no such row."""
+        """Store a row's lse, by lanes 0 to 15 of warpgroup 0; returns where this warpgroup's columns of the row go, 0 if the request has no
+        such row."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
+        query = u32(row) // heads
         q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
-        token = ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + i32(u32(row) // heads)
-        head = kv_head * i32(heads) + i32(u32(row) % heads)
+        token = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + i32(query))
+        head = i32(i32(u32(kv_head) * heads) + i32(u32(row) - query * heads))
         address = i64(0)
         if row < rows_of_request:
             address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
                        + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V)))
-            if wg == 0 and lane & u32(3) == 0:
+            if wg == 0 and lane < u32(WARP_ROWS):
                 ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
                                                     + token * results.lse_token_stride),
                                   lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else results.empty_lse)
@@ -148,15 +151,14 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
 
     @inline
     def line_address(row_address, lane, row):
-        """Where this lane's 16 bytes of a line go: of the row whose address the lanes of `row` have, one of this lane's 8; 0 if there is
-        none."""
-        address = cuda.shfl_sync(0xFFFFFFFF, row_address, i32(row * u32(4)))
+        """Where this lane's 16 bytes of a line of the warp's row `row` go, if `row_address` is what lane `row` has; 0 if there is none."""
+        address = cuda.shfl_sync(0xFFFFFFFF, row_address, i32(row))
         return address + i64((lane & u32(7)) * u32(16)) if address != 0 else address
 
     @inline
-    def store_results(o_rmem, factors, addresses, base, thread_idx):
+    def store_results(o_rmem, factors, row_address, base, thread_idx):
         """The warp's 16 rows, 256 columns of each: 8 rows of 64 columns at a time through its part of P0's place, so that the lanes store
-        whole lines of 128 bytes, four at a time. `factors` and `addresses` are of this thread's two rows."""
+        whole lines of 128 bytes, four at a time. `factors` are of this thread's two rows, `row_address` is of the lane's own."""
         lane = thread_idx & u32(31)
         stage = base + u32(P0_SMEM) + (thread_idx >> u32(5)) * u32(STAGE_BYTES)
         # stmatrix: lane l has the place of row l % 8 of matrix l / 8, which is a strip's 8 rows. Of strips 4 to 7 bit 6 is the other one.
@@ -167,7 +169,8 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         quad_rmem = cuda.local.array(8, types.uint32)
         for half in range(2):
             factor = factors[half]
-            address, address_below = line_address(addresses[half], lane, row), line_address(addresses[half], lane, row + u32(4))
+            address = line_address(row_address, lane, u32(8 * half) + row)
+            address_below = line_address(row_address, lane, u32(8 * half + 4) + row)
             for i in range(0, STRIPS, STAGE_STRIPS):
                 for s in range(0, STAGE_STRIPS, 4):
                     w = 4 * (i + s) + 2 * half
@@ -275,10 +278,13 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
                         ptx.ld_global_v4_f32(other_rmem, 4 * k, other_o + u64((i + k) * STRIP_BYTES))
                     add_other(o_rmem, 0, weight_a, other_weight_a, other_rmem, i, is_second)
                     add_other(o_rmem, 1, weight_b, other_weight_b, other_rmem, i, is_second)
-            row, rows = part.row, part.rows_of_request
-            address_a = store_lse(row, words, wg, lane, rows, kv_head, heads_per_kv, lse2_a, results)
-            address_b = store_lse(i32(row + 8), words, wg, lane, rows, kv_head, heads_per_kv, lse2_b, results)
-            store_results(o_rmem, (factor_a, factor_b), (address_a, address_b), base, thread_idx)
+            # Lanes 0 to 15 have a row each, as do 16 to 31: one chain of a division and products of 64 bits, not two.
+            of_row = i32((lane & u32(7)) * u32(4))
+            lse2_a, lse2_b = cuda.shfl_sync(0xFFFFFFFF, lse2_a, of_row), cuda.shfl_sync(0xFFFFFFFF, lse2_b, of_row)
+            row = i32(part.row - i32(lane >> u32(2)) + i32(lane & u32(WARP_ROWS - 1)))
+            row_address = store_lse(row, words, wg, lane, part.rows_of_request, kv_head, heads_per_kv,
+                                    lse2_b if lane & u32(8) else lse2_a, results)
+            store_results(o_rmem, (factor_a, factor_b), row_address, base, thread_idx)
         elif part.counter != u64(0):
             store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
             announce(part.counter, lane)

@@ -61,20 +61,22 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         hide_unseen(s_rmem, base + u32(K_SMEM[wg]), token, all_see, parity, at, problem, WARPGROUP + wg)
 
         # Softmax.
-        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE_SMEM[wg], parity)
+        is_first = wg == 0 and parity < u32(NEXT_STEP)
+        if is_first:
+            # Warpgroup 1 arrives, warpgroup 0 waits: the last maximum of the piece before has been read, and its results have left P0's
+            # place. (Later P1_STORED says that P0 has been read.)
+            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
+        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE_SMEM[wg], parity, is_first)
         exponentiate(regs, scale_log2e, max_a, max_b, scale_a, scale_b)
 
         # P for the other warpgroup.
-        if wg == 0 and parity < u32(NEXT_STEP):
-            # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place. (Later P1_STORED says so.)
-            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))
         store_p(regs.p_rmem, base + u32(P_SMEM[wg]), at)
         # This warpgroup arrives, the other one waits: P, V, maximum and scale are there.
         ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))
 
-        # O += P V.
-        rescale(regs.o_rmem, scale_a, scale_b, wg == 1 or parity >= u32(NEXT_STEP))
-        add_own_pv(regs, base, base + u32(K_SMEM[wg] + V_BEGIN[wg]), wg, lane)
+        # O += P V; a piece's first product begins O.
+        rescale(regs.o_rmem, scale_a, scale_b, not is_first)
+        add_own_pv(regs, base, base + u32(K_SMEM[wg] + V_BEGIN[wg]), wg, lane, not is_first)
 
     @inline
     def other_block(regs, at, wg, parity):
@@ -82,28 +84,30 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         base = ptx.opaque_b32(at.base)
         # The other warpgroup arrives, this one waits: P, V, maximum and scale are there.
         ptx.bar_sync(u32(P_STORED[1 - wg]), u32(NUM_CONSUMERS))
-        follow_max(regs, at, SCALE_SMEM[1 - wg], wg == 0 or parity >= u32(NEXT_STEP))
-        add_other_pv(regs, base, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg, at.lane)
+        is_first = wg == 1 and parity < u32(NEXT_STEP)
+        follow_max(regs, at, SCALE_SMEM[1 - wg], not is_first)
+        add_other_pv(regs, base, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg, at.lane,
+                     not is_first)
 
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
-        token, left = begin_block * i32(BLOCK_N), num_blocks
+        token, left = i32(begin_block * i32(BLOCK_N)), num_blocks
         while left > 0:
             own_block(regs, at, problem, 0, token, left, all_see, parity)
             parity = u32(parity ^ u32(1))
             if left > 1:
                 other_block(regs, at, 0, parity)
             parity = u32(parity + u32(NEXT_STEP))
-            token += i32(2 * BLOCK_N)
-            left -= i32(2)
+            token = i32(token + i32(2 * BLOCK_N))
+            left = i32(left - i32(2))
         return parity
 
     @inline
     def attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
-        token, left = begin_block * i32(BLOCK_N) + i32(BLOCK_N), num_blocks
-        # Warpgroup 1 arrives, warpgroup 0 waits: the results of the piece before have left P0's place.
+        token, left = i32(begin_block * i32(BLOCK_N) + i32(BLOCK_N)), num_blocks
+        # Warpgroup 1 arrives, warpgroup 0 waits: the piece before's maximum has been read, and its results have left P0's place.
         ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))
         while left > 0:
             if left == 1:
@@ -113,8 +117,8 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 own_block(regs, at, problem, 1, token, left, all_see, parity)
                 parity = u32(parity ^ u32(1))
             parity = u32(parity + u32(NEXT_STEP))
-            token += i32(2 * BLOCK_N)
-            left -= i32(2)
+            token = i32(token + i32(2 * BLOCK_N))
+            left = i32(left - i32(2))
         return parity
 
     return attend_even, attend_odd

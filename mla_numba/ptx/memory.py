@@ -99,6 +99,26 @@ def opaque_b32(value: u32) -> u32:
     costs an instruction, instead of a register each all along it. PTX ISA 9.7.9.3."""
 
 
+def make_registers_begin(count: int) -> Any:
+    """An intrinsic that makes the compiler believe that the first `count` floats of an array are written here.
+
+    No instruction; what they hold is unknown. What they held before needs no register up to here, where a wgmma that does not accumulate
+    is for LLVM one that reads them.
+    """
+    @intrinsic
+    def registers_begin(typingctx: Any, registers: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
+            pointers = element_pointers(context, builder, signature.args[0], args[0], count)
+            returned = emit(builder, "", ["=f"] * count, ir.LiteralStructType([ir.FloatType()] * count), [])
+            for i, pointer in enumerate(pointers):
+                builder.store(builder.extract_value(returned, i), pointer)
+            return context.get_dummy_value()
+
+        return types.void(registers), codegen
+
+    return registers_begin
+
+
 def make_registers_fence(count: int, element: Any = f32) -> Any:
     """An intrinsic that makes the compiler believe that the first `count` registers of an array are read and written here.
 

@@ -19,7 +19,7 @@ from .clocks import known_to
 from .copies import copies_of
 from .findings import Finding
 from .machine import WARP, Block, Machine, Thread, Warp
-from .registers import Registers
+from .registers import UNINITIALISED, Registers
 from .tensor_core import tensor_of
 
 f32 = np.float32
@@ -354,6 +354,13 @@ class Instructions:
         self._machine.idle_polls = 0
 
     # Tensor core.
+
+    def make_registers_begin(self, count: int) -> Callable[[Registers], None]:
+        def registers_begin(registers: Registers) -> None:
+            for i in range(count):
+                registers[i] = UNINITIALISED
+
+        return registers_begin
 
     def make_registers_fence(self, count: int, _element: Any = None) -> Callable[[Registers], None]:
         def registers_fence(registers: Registers) -> None:

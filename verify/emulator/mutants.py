@@ -89,12 +89,14 @@ _P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
 _P0V0_DONE = "            wait_all()\n            o_fence(o_rmem)\n"
 _RELEASE_V0 = "            release(base, 0, 1, lane)\n"
-_P0V0_RESCALE = "        # O_left += P0 V0.\n        rescale(o_rmem, scale_a, scale_b, parity >= u32(NEXT_STEP))\n"
+_LAST_PV = ("            wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]),\n"
+            "                     u32(1) if k > 0 else u32(accumulate))\n")
 _S_FENCED = "        s_fence(regs.s_rmem)\n"
-_MAX0_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity)\n"
+_P0_IS_FREE = "            ptx.bar_sync(u32(P0_FREE), u32(NUM_CONSUMERS))\n"
+_MAX_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE_SMEM[wg], parity, is_first)\n"
+_MAX0_RAISED = "        max_a, max_b, scale_a, scale_b = raise_max(s_rmem, at, scale_log2e, SCALE0_SMEM, parity, is_first)\n"
 _S0_ASKED = "                ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))\n"
 _MAX_STORED = "        if at.thread & u32(3) == 0:\n            store_rows(at.row_smem + u32(MAX_SMEM)"
-_MAX_ANEW = "        # The 4 threads of a row, before the next piece reads what the first of them wrote.\n"
 _ZERO_ENDS = ("        # before either product, has the proxy fence.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
@@ -119,8 +121,7 @@ MUTANTS = (
     Mutant("S used before the wait", _PRODUCTS, "        wait_all()\n" + _S_FENCED, _S_FENCED),
     Mutant("O used without a registers fence", _PRODUCTS, _OWN_DONE, _NO_O_FENCE),
     Mutant("O used without a registers fence, seesaw", _PRODUCTS, _OWN_DONE, _NO_O_FENCE, cases=(TWO,)),
-    Mutant("wgmma not committed", _PRODUCTS, "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"
-           "        ptx.wgmma_commit_group()\n", "p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]), u32(1))\n"),
+    Mutant("wgmma not committed", _PRODUCTS, _LAST_PV + "        ptx.wgmma_commit_group()\n", _LAST_PV),
     # Buffers given back too early.
     Mutant("V freed before its product is done", _PRODUCTS, _OWN_DONE + _OWN_RELEASE, _OWN_RELEASE + _OWN_DONE),
     Mutant("other warpgroup's V freed before its product is done", _PRODUCTS, _OTHER_DONE + _OTHER_RELEASE,
@@ -153,10 +154,12 @@ MUTANTS = (
            cases=(TWO,)),
     Mutant("sums read without a barrier", _DECODE, "        # Both warpgroups arrive and wait: each other's sums, and the last maximum.\n"
            "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
-    Mutant("maximum begun anew before it is read", _DECODE, "        # Both warpgroups arrive and wait: the maximum has been read.\n"
-           "        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))\n", ""),
-    Mutant("maximum begun anew by one of a row's threads", _DECODE, _MAX_ANEW + "        cuda.syncwarp()\n", _MAX_ANEW,
-           cases=((MLACase(seq_lens=(1400, 600), num_heads_q=16), 4),)),
+    Mutant("maximum begun before the last one is read", _STREAM, _P0_IS_FREE + _MAX_RAISED, "            pass\n" + _MAX_RAISED,
+           cases=(BLOCKS,), also=((_P_STORED, "        if is_first:\n" + _P0_IS_FREE + _P_STORED),)),
+    Mutant("maximum begun before the last one is read, seesaw", _SEESAW, _P0_IS_FREE + _MAX0_RAISED, "            pass\n" + _MAX0_RAISED,
+           cases=((TWO_PIECES[0], 2),), also=((_P0_STORED, "        if is_first:\n" + _P0_IS_FREE + _P0_STORED),)),
+    Mutant("maximum not begun", _STREAM, "SCALE_SMEM[wg], parity, is_first)", "SCALE_SMEM[wg], parity, False)"),
+    Mutant("maximum not begun, seesaw", _SEESAW, "SCALE0_SMEM, parity, is_first)", "SCALE0_SMEM, parity, False)", cases=(TWO,)),
     Mutant("Q free before all lanes have read it", _STORE, "        # All lanes have read Q's last tile.\n        cuda.syncwarp()\n", "",
            cases=(BLOCKS,)),
     Mutant("Q freed twice", _STORE, " and (in_step or ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS)) & i32(1) == 0)", "",
@@ -193,7 +196,7 @@ MUTANTS = (
         "                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))"), cases=(TWO,)),
     Mutant("buffer filled while the other block reads", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
            "8 * i), u32(NUM_WARPS // 2)", cases=(TWO,)),
-    Mutant("block's number in a descriptor", _PRODUCTS, *_without("            address &= u32(0x3FFFF)"), cases=(TWO,)),
+    Mutant("block's number in a descriptor", _PRODUCTS, *_without("            address = u32(address & u32(0x3FFFF))"), cases=(TWO,)),
     Mutant("both blocks load the same half", _LOAD, "first = ptx.cluster_ctarank() * u32(HALF_TILES)", "first = u32(HALF_TILES)",
            cases=(TWO,)),
     Mutant("block without rows leaves the other one alone", _LOAD, "(tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M", "tile_idx() * BLOCK_M",
@@ -209,10 +212,14 @@ MUTANTS = (
     Mutant("tail of the right side zeroed where the left's would be", _SOFTMAX, "u32(NEXT_ATOM[1]) if side", "u32(NEXT_ATOM[0]) if side",
            cases=(SMALL_PAGES,)),
     Mutant("mask one token late", _SOFTMAX, "seen_a <= i32", "seen_a < i32"),
-    Mutant("O not rescaled in a second step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "wg == 1 or parity >= u32(2 * NEXT_STEP))"),
-    Mutant("O not rescaled in a second step, seesaw", _SEESAW, _P0V0_RESCALE, _P0V0_RESCALE.replace("u32(", "u32(2 * "),
+    Mutant("O not rescaled in a second step", _STREAM, "scale_b, not is_first)", "scale_b, wg == 1 or parity >= u32(2 * NEXT_STEP))"),
+    Mutant("O not rescaled in a second step, seesaw", _SEESAW, "scale_b, not is_first)", "scale_b, parity >= u32(2 * NEXT_STEP))",
            cases=(TWO_PIECES,)),
-    Mutant("O not rescaled by the second block of a step", _STREAM, "wg == 1 or parity >= u32(NEXT_STEP))", "parity >= u32(NEXT_STEP))"),
+    Mutant("O not rescaled by the second block of a step", _STREAM, "scale_b, not is_first)", "scale_b, parity >= u32(NEXT_STEP))"),
+    Mutant("O begun by each step", _STREAM, "wg, lane, not is_first)", "wg, lane, wg == 1)"),
+    Mutant("O not begun by the first product", _STREAM, "wg, lane, not is_first)", "wg, lane, True)"),
+    Mutant("O of a request without tokens not begun", _DECODE, "            else:\n                clear(regs.o_rmem)\n", "",
+           cases=(NOTHING,)),
     Mutant("P1 over Q's tile 7", _CONFIG, "P1_SMEM = Q_SMEM + (NUM_TILES - 1) * TILE_BYTES",
            "P1_SMEM = Q_SMEM + (NUM_TILES - 2) * TILE_BYTES"),
     Mutant("maximum over P0's last row", _CONFIG, "MAX_SMEM = P0_SMEM + TILE_BYTES\n", "MAX_SMEM = P0_SMEM + TILE_BYTES - 256\n"),
