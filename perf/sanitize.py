@@ -41,7 +41,7 @@ def decode_all(backend: str) -> None:
 def command(tool: str, backend: str, kernel: str, checker: str = "compute-sanitizer") -> list[str]:
     """The command line of one check. API errors are not reported: the CUDA runtime probes for driver functions that may be absent."""
     only = ["--kernel-name", f"kns={kernel}"] if kernel else []
-    return [checker, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1", "--print-limit", "20", *only,
+    return [checker, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1", "--print-limit", "1000", *only,
             sys.executable, "-m", "perf.sanitize", "--inside", "--backend", backend]
 
 
