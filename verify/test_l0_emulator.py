@@ -26,7 +26,7 @@ from verify.cases import MLACase  # noqa: E402
 from verify.checks import assert_same_results, assert_within  # noqa: E402
 from verify.emulator.device import EmulatedGpu, decode  # noqa: E402
 from verify.emulator.mutants import MANY, MUTANTS, ONE, PAIR, SEVERAL, THREE, TWO_PIECES, Mutant  # noqa: E402
-from verify.emulator.pairs import PairFailure, Schedule, check, pairs  # noqa: E402
+from verify.emulator.pairs import FEW_SHARE_PARTS, PairFailure, Schedule, check, pairs  # noqa: E402
 from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
 from verify.tolerances import FUNCTION, UNIT, gamma, unit_roundoff  # noqa: E402
@@ -139,6 +139,13 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     step, least = unit_roundoff("float16")
     assert_within("out", out, want, relative * weighted + step * np.abs(want) + least)
     assert_within("lse", lse, want_lse, relative + FUNCTION + 4 * UNIT * np.abs(np.where(np.isfinite(want_lse), want_lse, 0)))
+
+
+def test_rare_events_are_no_deadlock() -> None:
+    """The merge polls 20,000 times and more while TMA's bytes come, every 500th turn."""
+    case = MLACase(seq_lens=(0, 519, 1, 0), num_heads_q=16, softmax_scale=0.07, pages="shuffled", values="alternating", spare_pages=0,
+                   seed=5679)
+    assert check(case, Schedule(201, 5, FEW_SHARE_PARTS)) < 1
 
 
 def test_failure_prints_a_line_that_runs_it_again() -> None:

@@ -102,21 +102,10 @@ def opaque_b32(value: u32) -> u32:
 def make_registers_begin(count: int) -> Any:
     """An intrinsic that makes the compiler believe that the first `count` floats of an array are written here.
 
-    No instruction; what they hold is unknown. What they held before needs no register up to here, where a wgmma that does not accumulate
-    is for LLVM one that reads them.
+    No instruction; what they hold is unknown. To LLVM a wgmma reads its accumulator even where it does not accumulate: without this what
+    the array held before would need its registers up to there.
     """
-    @intrinsic
-    def registers_begin(typingctx: Any, registers: Any) -> Any:
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
-            pointers = element_pointers(context, builder, signature.args[0], args[0], count)
-            returned = emit(builder, "", ["=f"] * count, ir.LiteralStructType([ir.FloatType()] * count), [])
-            for i, pointer in enumerate(pointers):
-                builder.store(builder.extract_value(returned, i), pointer)
-            return context.get_dummy_value()
-
-        return types.void(registers), codegen
-
-    return registers_begin
+    return _empty_asm(count, f32, reads=False)
 
 
 def make_registers_fence(count: int, element: Any = f32) -> Any:
@@ -125,19 +114,23 @@ def make_registers_fence(count: int, element: Any = f32) -> Any:
     No instruction. wgmma reads and writes its registers between issue and wait, of which LLVM knows nothing: what touches them
     before stays before, what touches them after stays after.
     """
-    letter = "f" if element == f32 else "r"
+    return _empty_asm(count, element, reads=True)
+
+
+def _empty_asm(count: int, element: Any, reads: bool) -> Any:
+    letter, kind = ("f", ir.FloatType()) if element == f32 else ("r", ir.IntType(32))
 
     @intrinsic
-    def registers_fence(typingctx: Any, registers: Any) -> Any:
+    def empty_asm(typingctx: Any, registers: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
             pointers = element_pointers(context, builder, signature.args[0], args[0], count)
-            values = [builder.load(pointer) for pointer in pointers]
-            returned = emit(builder, "", ["=" + letter] * count + [str(i) for i in range(count)],
-                            ir.LiteralStructType([value.type for value in values]), values)
+            values = [builder.load(pointer) for pointer in pointers] if reads else []
+            returned = emit(builder, "", ["=" + letter] * count + [str(i) for i in range(len(values))],
+                            ir.LiteralStructType([kind] * count), values)
             for i, pointer in enumerate(pointers):
                 builder.store(builder.extract_value(returned, i), pointer)
             return context.get_dummy_value()
 
         return types.void(registers), codegen
 
-    return registers_fence
+    return empty_asm

@@ -392,6 +392,8 @@ class Machine:
         i = int(self.rng.random() * len(self.events))
         self.events[i], self.events[-1] = self.events[-1], self.events[i]
         self.events.pop()()
+        # Events end; where they come seldom, thousands of polls lie between them.
+        self.idle_polls = 0
 
     def _startable(self) -> Grid | None:
         """The first grid that has blocks to start, if it may."""
