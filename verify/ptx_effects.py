@@ -232,6 +232,10 @@ def _stmatrix(transposed: bool) -> Callable[[Arrays], Arrays]:
     return expected
 
 
+def _movmatrix(inputs: Arrays) -> Arrays:
+    return {"out": np.ascontiguousarray(inputs["x"].view(np.uint16).reshape(8, 8).T).view(np.uint32).reshape(-1)}
+
+
 def _reduction(inputs: Arrays) -> Arrays:
     threads = np.arange(inputs["x"].size, dtype=np.uint32) % 128
     return {"floats": inputs["floats"] + inputs["x"].reshape(-1, 4).sum(0),
@@ -325,24 +329,27 @@ def _zfill(inputs: Arrays) -> Arrays:
 # The tensor core: A is (64, 64), B (64, n), of integers small enough for every sum to be exact.
 
 
-def _product_inputs(n: int, dtype: Any, b_transposed: bool) -> Callable[[np.random.Generator], Arrays]:
+def _product_inputs(n: int, dtype: Any, a_transposed: bool, b_transposed: bool) -> Callable[[np.random.Generator], Arrays]:
     def inputs(rng: np.random.Generator) -> Arrays:
         a, b = (rng.integers(-4, 5, shape).astype(np.float32).astype(dtype).view(np.uint16) for shape in ((64, 64), (64, n)))
-        # K-major: B's columns are rows of a tile. Transposed: tiles of 64 columns, B's rows are theirs.
-        tiles = np.split(b, n // 64, axis=1) if b_transposed else [np.ascontiguousarray(b.T)]
-        return {"out": _unset(64 * n, np.float32), "a": _swizzled(a), "b": np.concatenate([_swizzled(tile) for tile in tiles])}
+        # K-major: A's rows, and B's columns, are rows of a tile. Transposed: every k is one.
+        a_tile, b_tiles = (a.T if a_transposed else a), [b.T]
+        if b_transposed:
+            # Tiles of 64 columns; those that there are not are NaN, in either type.
+            padded = np.pad(b, ((0, 0), (0, -n % 64)), constant_values=0x7FFF)
+            b_tiles = np.split(padded, padded.shape[1] // 64, axis=1)
+        return {"out": _unset(64 * n, np.float32), "a": _swizzled(a_tile), "b": np.concatenate([_swizzled(tile) for tile in b_tiles])}
 
     return inputs
 
 
-def _product(n: int, dtype: Any, b_transposed: bool) -> Callable[[Arrays], Arrays]:
+def _product(n: int, dtype: Any, a_transposed: bool, b_transposed: bool) -> Callable[[Arrays], Arrays]:
     def expected(inputs: Arrays) -> Arrays:
-        a = _swizzled(inputs["a"])
-        if b_transposed:
-            b = np.concatenate([_swizzled(tile) for tile in np.split(inputs["b"], n // 64)], axis=1)
-        else:
-            b = _swizzled(inputs["b"]).T
-        return {"out": (a.view(dtype).astype(np.float32) @ np.ascontiguousarray(b).view(dtype).astype(np.float32)).reshape(-1)}
+        a, b = _swizzled(inputs["a"]), _swizzled(inputs["b"])
+        a = a.T if a_transposed else a
+        b = np.concatenate(np.split(b, len(b) // 64), axis=1)[:, :n] if b_transposed else b.T
+        a, b = (np.ascontiguousarray(bits).view(dtype).astype(np.float32) for bits in (a, b))
+        return {"out": (a @ b).reshape(-1)}
 
     return expected
 
@@ -368,6 +375,7 @@ _ALL = [
     *(Effect(f"{move}_x4{suffix}", f"make_{move}", lambda rng: {"out": _unset(4 * WARP), "x": _words(rng, 4 * WARP)},
              expected(bool(suffix)), (f"{move}_x4{suffix}",), smem_bytes=16 * WARP + ALIGNMENT)
       for move, expected in (("ldmatrix", _ldmatrix), ("stmatrix", _stmatrix)) for suffix in ("", "_trans")),
+    Effect("movmatrix_trans", "make_movmatrix", lambda rng: {"out": _unset(WARP), "x": _words(rng, WARP)}, _movmatrix),
 
     *(Effect(f"tickets_{name}", "make_tickets", lambda rng: {"counter": np.zeros(1, np.uint32), "marks": _unset(4 * 64)},
              lambda inputs: {"counter": np.array([4 * 64], np.uint32), "marks": ~np.arange(4 * 64, dtype=np.uint32)}, (name,),
@@ -453,10 +461,15 @@ _ALL = [
     Effect("register_moves", "make_register_moves", lambda rng: {"out": _unset(384), "x": _words(rng, 384)},
            lambda inputs: {"out": inputs["x"] + np.arange(384, dtype=np.uint32) // 128}, (40, 232), num_threads=384),
 
-    *(Effect(f"product_{n}_{dtype}_{'registers' if a_in_registers else 'shared'}_{'mn' if b_transposed else 'k'}_major", "make_product",
-             _product_inputs(n, _DTYPES[dtype], b_transposed), _product(n, _DTYPES[dtype], b_transposed),
-             (n, dtype, a_in_registers, b_transposed), num_threads=128, smem_bytes=TILE_BYTES + 128 * n + ALIGNMENT)
-      for n, b_transposed in ((8, False), (64, False), (256, False), (64, True), (256, True)) for dtype in _DTYPES
-      for a_in_registers in (False, True)),
+    *(Effect(f"product_{n}_{dtype}_{a_form}_{'mn' if b_transposed else 'k'}_major", "make_product",
+             _product_inputs(n, _DTYPES[dtype], a_form == "transposed", b_transposed),
+             _product(n, _DTYPES[dtype], a_form == "transposed", b_transposed),
+             (n, dtype, a_form == "registers", b_transposed, a_form == "transposed"), num_threads=128,
+             smem_bytes=TILE_BYTES + 128 * max(n, 64 if b_transposed else 0) + ALIGNMENT)
+      for n, b_transposed, a_forms in ((8, False, ("shared", "registers")), (16, False, ("shared", "transposed")),
+                                       (32, False, ("shared", "transposed")), (64, False, ("shared", "registers")),
+                                       (256, False, ("shared", "registers")), (64, True, ("shared", "registers")),
+                                       (256, True, ("shared", "registers")))
+      for dtype in _DTYPES for a_form in a_forms),
 ]
 EFFECTS = {effect.name: effect for effect in _ALL}

@@ -147,6 +147,14 @@ def make_stmatrix(name):
     return kernel
 
 
+def make_movmatrix():
+    def kernel(out, x):
+        at = u64(4 * cuda.threadIdx.x)
+        ptx.st_global_b32(out + at, ptx.movmatrix_trans(u32(ptx.ld_global_i32(x + at))))
+
+    return kernel
+
+
 # Words that thread blocks share.
 
 
@@ -722,15 +730,15 @@ def make_register_moves(less, more):
 # The tensor core.
 
 
-def make_product(n, dtype, a_in_registers, b_transposed):
+def make_product(n, dtype, a_in_registers, b_transposed, a_transposed):
     """D (64 x n) = A (64 x 64) B (64 x n), A and B from swizzled tiles."""
-    wgmma, wait = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed), ptx.make_wgmma_wait_group(0)
+    wgmma, wait = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed, a_transposed), ptx.make_wgmma_wait_group(0)
     copied, d_fence, a_fence = ptx.make_cp_async_wait_group(0), ptx.make_registers_fence(n // 2), ptx.make_registers_fence(16, types.uint32)
     a_form = ptx.matrix_descriptor(1024)
     b_form = ptx.matrix_descriptor(1024, TILE_BYTES) if b_transposed else a_form
     # 16 of K further on, in descriptors' units of 16 bytes: 16 rows, or 16 columns.
-    b_step = 16 * 128 // 16 if b_transposed else 16 * 2 // 16
-    b_bytes, count = 128 * n, n // 2
+    a_step, b_step = (16 * 128 // 16 if transposed else 16 * 2 // 16 for transposed in (a_transposed, b_transposed))
+    b_bytes, count = 128 * (max(n, 64) if b_transposed else n), n // 2
 
     def kernel(out, a, b):
         thread = i32(cuda.threadIdx.x)
@@ -757,7 +765,7 @@ def make_product(n, dtype, a_in_registers, b_transposed):
             if a_in_registers:
                 wgmma(d_rmem, a_rmem, 4 * k, b_desc + u64(b_step * k), u32(1) if k > 0 else u32(0))
             else:
-                wgmma(d_rmem, a_desc + u64(2 * k), b_desc + u64(b_step * k), u32(1) if k > 0 else u32(0))
+                wgmma(d_rmem, a_desc + u64(a_step * k), b_desc + u64(b_step * k), u32(1) if k > 0 else u32(0))
         ptx.wgmma_commit_group()
         wait()
         d_fence(d_rmem)

@@ -309,6 +309,43 @@ def matrix_stored_over_an_mbarrier(k):
     return kernel
 
 
+def _stored_while_multiplied(k: Kit, row: int, column: int) -> Callable[[], None]:
+    """Warp 1 stores two columns in a row of a transposed A, of whose 64 columns each warp multiplies 16, once its own wgmma has ended."""
+    wgmma, wait, fence = k.ptx.make_wgmma(8, "bfloat16", a_transposed=True), k.ptx.make_wgmma_wait_group(0), k.ptx.make_registers_fence(4)
+
+    def kernel():
+        d_rmem = k.cuda.local.array(4, types.float32)
+        for i in range(8):
+            _store_matrices(k, 64 * i + k.thread)
+        k.ptx.fence_proxy_async_shared()
+        k.cuda.syncthreads()
+        # A: 64 rows of 128 bytes; B is the first 8 of them.
+        descriptor = k.ptx.matrix_descriptor(1024) | k.base() + DATA >> 4
+        k.ptx.wgmma_fence()
+        wgmma(d_rmem, descriptor, descriptor, 0)
+        k.ptx.wgmma_commit_group()
+        wait()
+        fence(d_rmem)
+        if k.thread == 32:
+            _store(k, 32 * row + (column // 2 ^ 4 * (row % 8)))
+    return kernel
+
+
+@healthy
+def own_columns_of_transposed_a_stored(k):
+    return _stored_while_multiplied(k, 12, 20)
+
+
+@healthy
+def rows_past_transposed_a_stored(k):
+    return _stored_while_multiplied(k, 16, 4)
+
+
+@broken("race", "reads it at")
+def another_warps_columns_of_transposed_a_stored(k):
+    return _stored_while_multiplied(k, 12, 4)
+
+
 @broken("misaligned", "ldmatrix or stmatrix")
 def odd_matrix_row(k):
     return lambda: k.ptx.ldmatrix_x4(k.cuda.local.array(4, types.uint32), 0, k.base() + 8)
@@ -518,6 +555,14 @@ def collective_after_lanes_ended(k):
     def kernel():
         if k.thread & 1:
             k.cuda.shfl_xor_sync(0xFFFFFFFF, 0, 2)
+    return kernel
+
+
+@broken("divergence", "has ended")
+def matrix_moved_by_half_a_warp(k):
+    def kernel():
+        if k.thread & 1:
+            k.ptx.movmatrix_trans(0)
     return kernel
 
 

@@ -102,11 +102,12 @@ class TestEffects:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("n", [8, 64, 256])
-@pytest.mark.parametrize("a_in_registers", [False, True])
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 256])
+@pytest.mark.parametrize("a_form", ["shared", "registers", "transposed"])
 @pytest.mark.parametrize("b_transposed", [False, True])
-def test_wgmma(n, dtype, a_in_registers, b_transposed):
-    wgmma, count = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed), n // 2
+def test_wgmma(n, dtype, a_form, b_transposed):
+    a_in_registers, a_transposed = a_form == "registers", a_form == "transposed"
+    wgmma, count = ptx.make_wgmma(n, dtype, a_in_registers, b_transposed, a_transposed), n // 2
     if a_in_registers:
         def kernel(out, a, b):
             d_rmem = cuda.local.array(count, types.float32)
@@ -133,9 +134,14 @@ def test_wgmma(n, dtype, a_in_registers, b_transposed):
     d, rest = re.match(r"\S+ \{(.*?)\}, (.*);", line).groups()
     assert len(d.split(", ")) == count
     # Scale A, scale B, then the transpositions: of A only if it is in shared memory.
-    assert rest.endswith(f", p, 1, 1, {int(b_transposed)}" if a_in_registers else f", p, 1, 1, 0, {int(b_transposed)}")
+    assert rest.endswith(f", p, 1, 1, {int(b_transposed)}" if a_in_registers else f", p, 1, 1, {int(a_transposed)}, {int(b_transposed)}")
     # The accumulator is registers, not memory.
     assert ".local" not in text
+
+
+def test_wgmma_transposes_no_registers():
+    with pytest.raises(ValueError, match="from shared memory only"):
+        ptx.make_wgmma(64, "bfloat16", a_in_registers=True, a_transposed=True)
 
 
 def test_descriptors():

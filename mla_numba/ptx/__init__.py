@@ -39,7 +39,7 @@ from .cluster import (
 )
 from .control import griddepcontrol_launch_dependents, griddepcontrol_wait, make_parameter_address, make_setmaxnreg, nounroll
 from .copy import cp_async_16, cp_async_16_zfill, cp_async_commit_group, cp_async_mbarrier_arrive_noinc, make_cp_async_wait_group
-from .matrix import ldmatrix_x4, ldmatrix_x4_trans, stmatrix_x4, stmatrix_x4_trans
+from .matrix import ldmatrix_x4, ldmatrix_x4_trans, movmatrix_trans, stmatrix_x4, stmatrix_x4_trans
 from .memory import (
     ld_global_f32,
     ld_global_i32,
@@ -147,6 +147,7 @@ __all__ = [
     "mbarrier_test_wait_parity",
     "mbarrier_wait_parity",
     "mbarrier_wait_parity_cluster",
+    "movmatrix_trans",
     "mul_rn",
     "nounroll",
     "opaque_b32",

@@ -1,4 +1,4 @@
-"""8 x 8 matrices of 16-bit elements between shared memory and the registers of a warp.
+"""8 x 8 matrices of 16-bit elements between shared memory and the registers of a warp, and within those.
 
 Lane l gives the address of row l % 8 of matrix l / 8, and holds row l / 4, columns 2 (l % 4) and the next, of each; with `trans`
 column l / 4, rows 2 (l % 4) and the next. Rows are 16 bytes, at addresses that are multiples of 16.
@@ -35,3 +35,8 @@ def stmatrix_x4(row_smem: u32, a: u32, b: u32, c: u32, d: u32) -> None:
 @instruction("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [<row_smem>], {<a>, <b>, <c>, <d>};")
 def stmatrix_x4_trans(row_smem: u32, a: u32, b: u32, c: u32, d: u32) -> None:
     """`stmatrix.x4.trans`: by a whole warp; stores four matrices, transposed. PTX ISA 9.7.14.5.16."""
+
+
+@instruction("movmatrix.sync.aligned.m8n8.trans.b16 <result>, <value>;")
+def movmatrix_trans(value: u32) -> u32:
+    """`movmatrix.trans`: by a whole warp; a matrix that it holds by rows comes to be held by columns. PTX ISA 9.7.14.5.17."""

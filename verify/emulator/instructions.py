@@ -267,6 +267,14 @@ class Instructions:
 
         self._machine.meet("stmatrix", line, operands, store)
 
+    def movmatrix_trans(self, value: int) -> int:
+        def move(_: Warp, values: dict[int, int]) -> dict[int, int]:
+            matrix = np.array([values[lane] for lane in range(WARP)], np.uint32).view(np.uint16).reshape(8, 8)
+            return dict(enumerate(np.ascontiguousarray(matrix.T).view(np.uint32).reshape(-1).tolist()))
+
+        result: int = self._machine.meet("movmatrix", self._line(), int(value) & WORD, move)
+        return result
+
     def ld_global_i32(self, address: int) -> int:
         return int(self._load_global(address, 4, self._line(), constant=True).view(np.int32)[0])
 
@@ -385,14 +393,17 @@ class Instructions:
 
         return wgmma_wait_group
 
-    def make_wgmma(self, n: int, dtype: str, a_in_registers: bool = False, b_transposed: bool = False) -> Callable[..., None]:
+    def make_wgmma(self, n: int, dtype: str, a_in_registers: bool = False, b_transposed: bool = False,
+                   a_transposed: bool = False) -> Callable[..., None]:
+        # It refuses what there is no instruction for.
+        real.make_wgmma(n, dtype, a_in_registers, b_transposed, a_transposed)
         machine = self._machine
 
         def multiply(d: Registers, a: Any, b: int, accumulate: int, line: int) -> None:
             if len(d) != n // 2:
                 raise Finding("out of bounds", f"wgmma of n = {n} accumulates into {n // 2} registers; the array has {len(d)}")
             machine.meet("wgmma", line, (d, a, int(b), int(accumulate)),
-                         lambda warp, values: tensor_of(warp).issue(values, n, dtype, b_transposed, line))
+                         lambda warp, values: tensor_of(warp).issue(values, n, dtype, a_transposed, b_transposed, line))
 
         if a_in_registers:
             def wgmma(d: Registers, a: Registers, first: int, b: int, accumulate: int) -> None:

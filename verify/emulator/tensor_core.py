@@ -1,6 +1,6 @@
 """wgmma: matrices in shared memory by descriptor, fragments in registers, and asynchrony between issue and wait.
 
-Every warp of a warpgroup multiplies its own 16 rows, on its own time. Between issue and wait its operands are read at a moment that
+Every warp of a warpgroup multiplies its own 16 rows of A, on its own time. Between issue and wait its operands are read at a moment that
 chance picks; the accumulator's registers are poison until the wait and a registers fence.
 """
 
@@ -86,9 +86,9 @@ class _Multiply:
     """One wgmma of a warp, from issue to completion."""
 
     def __init__(self, tensor: "WarpTensor", accumulator: Accumulator, a: Any, b_rows: np.ndarray, accumulate: bool, dtype: str,
-                 mn_major: bool):
+                 a_mn_major: bool, b_mn_major: bool):
         self._tensor, self.accumulator, self._a, self._b_rows = tensor, accumulator, a, b_rows
-        self._accumulate, self._dtype, self._mn_major = accumulate, dtype, mn_major
+        self._accumulate, self._dtype, self._a_mn_major, self._b_mn_major = accumulate, dtype, a_mn_major, b_mn_major
         self._operands: tuple[np.ndarray, np.ndarray] | None = None
         self.done_at = 0.0
 
@@ -98,9 +98,10 @@ class _Multiply:
             return
         smem = self._tensor.warp.block.smem
         b = to_float32(smem.rows[self._b_rows], self._dtype)
-        b = b.reshape(K, -1) if self._mn_major else b.reshape(-1, K).T
+        b = b.reshape(K, -1) if self._b_mn_major else b.reshape(-1, K).T
         if isinstance(self._a, np.ndarray):
-            a = to_float32(smem.rows[self._a], self._dtype).reshape(16, K)
+            a = to_float32(smem.rows[self._a], self._dtype)
+            a = a.reshape(K, 16).T if self._a_mn_major else a.reshape(16, K)
         else:
             words = np.array([array[first:first + 4] for array, first in self._a], np.uint32)
             a = np.empty((16, K), np.float32)
@@ -135,7 +136,7 @@ class WarpTensor:
     def _committed(self) -> int:
         return self.completed + len(self._groups)
 
-    def issue(self, values: dict[int, Any], n: int, dtype: str, mn_major: bool, line: int) -> None:
+    def issue(self, values: dict[int, Any], n: int, dtype: str, a_mn_major: bool, b_mn_major: bool, line: int) -> None:
         """`values` by lane: (D, A as a descriptor or (registers, first), descriptor of B, accumulate)."""
         warp, block = self.warp, self.warp.block
         threads = warp.threads
@@ -148,7 +149,7 @@ class WarpTensor:
         for thread, array in zip(threads * 2, operands, strict=False):
             if array.dirty:
                 raise Finding("registers", f"{thread.describe()} wrote registers of a wgmma's operand after its last wgmma.fence")
-        self._check_warpgroup((n, dtype, mn_major, isinstance(a, tuple), b, bool(accumulate), line))
+        self._check_warpgroup((n, dtype, a_mn_major, b_mn_major, isinstance(a, tuple), b, bool(accumulate), line))
         flight = arrays[0].flight
         if any(array.flight is not flight for array in arrays) or (flight is not None and flight.n != n):
             raise Finding("divergence", f"the lanes of warp {warp.index} accumulate into registers of different wgmma")
@@ -156,7 +157,7 @@ class WarpTensor:
             flight = Accumulator(arrays, n, uninitialised=not accumulate)
         flight.pending += 1
         agent, epoch = block.agent_of_warp(warp.index), self._committed + 1
-        b_rows = operand_rows(b, n, mn_major)
+        b_rows = operand_rows(b, n, b_mn_major)
         smem = block.smem
         _require_inside(smem, b_rows, "B")
         smem.async_read(threads[0], agent, epoch, b_rows.reshape(-1), line)
@@ -165,14 +166,15 @@ class WarpTensor:
             for array, _ in where:
                 array.pins += 1
         else:
-            where = operand_rows(a, 64, False)[16 * (warp.index % 4):][:16]
+            where, first = operand_rows(a, 64, a_mn_major), 16 * (warp.index % 4)
+            where = where[:, first // 8:][:, :2] if a_mn_major else where[first:][:16]
             _require_inside(smem, where, "A")
             smem.async_read(threads[0], agent, epoch, where.reshape(-1), line)
-        multiply = _Multiply(self, flight, where, b_rows, bool(accumulate), dtype, mn_major)
+        multiply = _Multiply(self, flight, where, b_rows, bool(accumulate), dtype, a_mn_major, b_mn_major)
         self._open.append(multiply)
         machine = block.machine
         if machine.timing is not None:
-            multiply.done_at = machine.timing.multiply(warp, n)
+            multiply.done_at = machine.timing.multiply(warp, n, a_mn_major or b_mn_major)
         choice = machine.rng.random()
         if choice < 0.4 or machine.timing is not None:
             multiply.read()
