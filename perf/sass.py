@@ -21,9 +21,11 @@ from unittest import mock
 if TYPE_CHECKING:
     from mla_numba.host.launch import KernelSpec
 
-# (dtype, page_size, row_tiles).
-VARIANTS = (*((dtype, page_size, 1) for dtype in ("bfloat16", "float16") for page_size in (16, 64, 128)),
-            *(("bfloat16", page_size, row_tiles) for page_size, row_tiles in ((16, 2), (64, 2), (64, 3), (64, 4))), ("float16", 16, 4))
+# (dtype, page_size, row_tiles, num_rows).
+VARIANTS = (*(("bfloat16", page_size, 1, 64) for page_size in (16, 64, 128)),
+            *(("bfloat16", page_size, row_tiles, 64) for page_size, row_tiles in ((16, 2), (64, 2), (64, 3), (64, 4))),
+            ("float16", 16, 4, 64),
+            ("bfloat16", 64, 1, 16), ("float16", 128, 1, 16), ("bfloat16", 16, 1, 32), ("float16", 64, 1, 32))
 # The numbers of warnings that cost most of the speed: setmaxnreg ignored (C7504), wgmma serialised (C7508, and whatever else may be why).
 HARMFUL_WARNING = re.compile(r"\((C75\d\d)\)")
 OPCODES = ("HGMMA", "WARPGROUP.DEPBAR", "UTMALDG", "UTMALDG.5D.MULTICAST", "UCGABAR_WAIT", "CCTL.E.PF2", "USETMAXREG", "SYNCS", "BAR",
@@ -88,14 +90,15 @@ def inspect(spec: "KernelSpec") -> SassReport:
     return SassReport(spec.name, registers, stack, stores + loads, spec.smem_bytes, warnings, counts, len(operations), seconds)
 
 
-def hopper_kernels(variants: Sequence[tuple[str, int, int]] = VARIANTS) -> Iterator[SassReport]:
-    """A report for the decode kernel of each (dtype, page_size, row_tiles), for the merge kernel of each dtype, and for the plan's."""
+def hopper_kernels(variants: Sequence[tuple[str, int, int, int]] = VARIANTS) -> Iterator[SassReport]:
+    """A report for the decode kernel of each (dtype, page_size, row_tiles, num_rows), for the merge kernel of each (dtype, num_rows), and
+    for the plan's."""
     from mla_numba.host.hopper import decode_spec, merge_spec, schedule_spec
 
     for variant in variants:
         yield inspect(decode_spec(*variant))
-    for dtype in dict.fromkeys(dtype for dtype, *_ in variants):
-        yield inspect(merge_spec(dtype))
+    for dtype, num_rows in dict.fromkeys((dtype, num_rows) for dtype, _, _, num_rows in variants):
+        yield inspect(merge_spec(dtype, num_rows))
     yield inspect(schedule_spec())
 
 

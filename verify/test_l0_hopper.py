@@ -3,6 +3,7 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,24 +36,29 @@ def test_what_the_decode_kernel_compiles_to(variant):
     assert report.warnings == ()
     assert report.registers * hopper_config.NUM_THREADS <= REGISTERS_PER_SM
     assert report.opcodes["USETMAXREG"] == 2
+    _, _, row_tiles, num_rows = variant
     # 36 wgmma a QK, 4 a PV. Stream: each warpgroup has one QK, and a PV of its own P and of the other one's. Seesaw: QK of the first and
-    # the next even block and of an odd one; in either warpgroup a PV of its own P, and of the other one's in two arms.
-    assert report.opcodes["HGMMA"] == (2 * 36 + 4 * 4 if variant[2] == 1 else 3 * 36 + 6 * 4)
+    # the next even block and of an odd one; in either warpgroup a PV of its own P, and of the other one's in two arms. Few rows: as the
+    # stream, but a PV is 16, of four tiles of V^T.
+    assert report.opcodes["HGMMA"] == (3 * 36 + 6 * 4 if row_tiles > 1 else 2 * 36 + 4 * (4 if num_rows == 64 else 16))
     # A wait after each would be a serialised schedule.
     assert report.opcodes["WARPGROUP.DEPBAR"] < report.opcodes["HGMMA"] / 8
     # Q at 2 places, a side of a block at 4; the compiler may double some.
     assert report.opcodes["UTMALDG"] >= 2 + 4
     # Of two thread blocks each loads for both, arrives at the other one's barriers, and waits for it at its begin and end.
-    assert (report.opcodes["UTMALDG.5D.MULTICAST"] >= 4) == (report.opcodes["UCGABAR_WAIT"] >= 2) == (variant[2] % 2 == 0)
+    assert (report.opcodes["UTMALDG.5D.MULTICAST"] >= 4) == (report.opcodes["UCGABAR_WAIT"] >= 2) == (row_tiles % 2 == 0)
     # Page ids; ten lines of 128 bytes and fewer are a row of the cache.
-    assert report.opcodes["CCTL.E.PF2"] == 1 + (9 if variant[2] > 1 else 0)
-    assert report.opcodes["STSM"] >= 8 and report.opcodes["LDSM"] >= 4
+    assert report.opcodes["CCTL.E.PF2"] == 1 + (9 if row_tiles > 1 else 0)
+    # P of 16 rows is one stmatrix, a tile's results of as many another one; Q's last tile stays in shared memory.
+    least_stsm, least_ldsm = (8, 4) if num_rows == 64 else ((2 + 4) * num_rows // 16, 0)
+    assert report.opcodes["STSM"] >= least_stsm and report.opcodes["LDSM"] >= least_ldsm
+    assert (report.opcodes["LDSM"] == 0) == (num_rows < 64)
 
 
 @needs_tools
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_the_merge_kernel_compiles_to(dtype):
-    report = inspect(hopper.merge_spec(dtype))
+@pytest.mark.parametrize(("dtype", "num_rows"), [("bfloat16", 64), ("float16", 16)])
+def test_what_the_merge_kernel_compiles_to(dtype, num_rows):
+    report = inspect(hopper.merge_spec(dtype, num_rows))
     assert (report.stack_bytes, report.spill_bytes, report.warnings) == (0, 0, ())
 
 
@@ -84,6 +90,23 @@ def test_shared_memory_fits_and_nothing_overlaps():
     # A piece's words are found by flipping one bit of their address, and its parity is that bit.
     assert d.PIECE_BYTES == 64 and d.PIECE_SMEM % 128 == 0 and d.PIECE_ROW_BEGIN < d.PIECE_BYTES
     assert all(begin % 8 == 0 for begin, _ in regions.values())
+
+
+@pytest.mark.parametrize("num_rows", hopper_config.SWAPPED_ROWS)
+def test_shared_memory_of_few_rows_fits_and_nothing_overlaps(num_rows):
+    """What hopper_swapped has in the places of 64 rows' Q and P0, both of which are larger."""
+    d, config = hopper_config, hopper_config.HopperConfig("bfloat16", 64, 1, num_rows)
+    # Both P by turns of 128 bytes a row, as Q's tiles.
+    assert 2 * config.q_tile_bytes <= d.TILE_BYTES and config.q_tile_bytes % 1024 == 0
+    # 16 columns of four tiles of all rows, of each warp, in 16 bits.
+    regions = {"Q": (d.Q_SMEM, d.NUM_TILES * config.q_tile_bytes), "warps' maxima": (d.WARP_MAX_SMEM, d.NUM_WARPS * num_rows * 4),
+               "warps' sums": (d.WARP_SUM_SMEM, d.NUM_WARPS * num_rows * 4),
+               "results": (d.SWAPPED_STAGE_SMEM, d.NUM_WARPS * num_rows * 4 * 16 * 2)}
+    end = 0
+    for name, (begin, size) in regions.items():
+        assert begin >= end and begin % 128 == 0, name
+        end = begin + size
+    assert end <= d.K0_SMEM
 
 
 def _shape(**changes):
@@ -133,8 +156,32 @@ def test_one_block_is_a_piece_only_where_one_row_tile_reads(heads: int, seq_len_
     assert hopper.schedule_config(shape, 132).min_split_blocks == blocks
 
 
+@pytest.mark.parametrize(("heads", "seq_len_q", "kv_heads", "tiles"), [
+    (1, 1, 1, (1, 16)), (16, 1, 1, (1, 16)), (8, 2, 1, (1, 16)), (32, 1, 2, (1, 16)), (17, 1, 1, (1, 32)), (16, 2, 1, (1, 32)),
+    (33, 1, 1, (1, 64)), (11, 3, 1, (1, 64)), (64, 1, 1, (1, 64)), (65, 1, 1, (2, 64)), (128, 2, 1, (4, 64))])
+def test_tiles_have_as_many_rows_as_a_request(heads: int, seq_len_q: int, kv_heads: int, tiles: tuple[int, int]) -> None:
+    shape = _shape(seq_len_q=seq_len_q, total_q=seq_len_q, num_heads_q=heads, num_heads_kv=kv_heads)
+    config = hopper.schedule_config(shape, 132)
+    assert hopper.tiles_of(config) == tiles and config.rows_per_job == tiles[0] * tiles[1]
+    assert hopper.is_for_kernels(config)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 32])
+def test_tiles_of_a_ragged_batch_have_64_rows(heads: int) -> None:
+    """A request may have more rows than another."""
+    config = hopper.schedule_config(_shape(batch=2, seq_len_q=0, total_q=3, num_heads_q=heads), 132)
+    assert hopper.tiles_of(config) == (1, 64)
+
+
+@pytest.mark.parametrize(("rows", "there_are"), [
+    (8, False), (16, True), (32, True), (48, False), (64, True), (96, False), (128, True), (256, True), (320, False)])
+def test_jobs_of_some_numbers_of_rows_have_kernels(rows: int, there_are: bool) -> None:
+    """A plan that is only looked at (flash_mla) may have any."""
+    assert hopper.is_for_kernels(replace(hopper.schedule_config(_shape(), 132), rows_per_job=rows)) == there_are
+
+
 def test_arguments_are_packed_as_the_kernels_read_them():
-    spec = hopper.decode_spec("bfloat16", 64, 1)
+    spec = hopper.decode_spec("bfloat16", 64, 1, 64)
     assert gpu.formats(spec.types()) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
     # Parameters begin here in constant bank 0 of sm_90, and TMA wants its maps at multiples of 64.

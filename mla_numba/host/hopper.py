@@ -85,30 +85,49 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
 
 def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs."""
-    from ..kernels.hopper_config import BLOCK_M, BLOCK_N
+    from ..kernels.hopper_config import BLOCK_M, BLOCK_N, SWAPPED_ROWS
 
     if num_sms is None:
         num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
-    team = team_size(ceil_div(max(shape.seq_len_q, 1) * shape.heads_per_kv, BLOCK_M), shape.num_heads_kv, num_sms)
+    num_rows = max(shape.seq_len_q, 1) * shape.heads_per_kv
+    team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
     overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS
     if team == 1:
         overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
         if 2 * shape.batch * shape.num_heads_kv >= num_sms:
             overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
-    return ScheduleConfig(rows_per_job=team * BLOCK_M, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
+    rows_per_job = team * BLOCK_M
+    if not shape.ragged:
+        # Of a ragged batch a request may have more.
+        rows_per_job = min([rows for rows in SWAPPED_ROWS if num_rows <= rows], default=rows_per_job)
+    return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
                           overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks, uncut_blocks=_UNCUT_BLOCKS,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 
+def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
+    """(Row tiles of a job, rows of a tile)."""
+    from ..kernels.hopper_config import BLOCK_M
+
+    return ceil_div(config.rows_per_job, BLOCK_M), min(config.rows_per_job, BLOCK_M)
+
+
+def is_for_kernels(config: ScheduleConfig) -> bool:
+    """Whether there are kernels for jobs of so many rows."""
+    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
+
+    return config.rows_per_job in SWAPPED_ROWS or config.rows_per_job in range(BLOCK_M, _MAX_TEAM * BLOCK_M + 1, BLOCK_M)
+
+
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMemory, cu_seqlens_q: ArrayMemory | None, stream: int,
                   new_words: NewWords) -> Schedule:
-    from ..kernels.hopper_config import BLOCK_M
     from .gpu import gpu
 
-    device, row_tiles = gpu(seq_lens.device or 0), config.rows_per_job // BLOCK_M
-    if config.rows_per_job == row_tiles * BLOCK_M and row_tiles <= _MAX_TEAM:
+    device = gpu(seq_lens.device or 0)
+    if is_for_kernels(config):
         # Not a plan that is only looked at (flash_mla): its decode comes next.
-        device.load(decode_spec(shape.dtype, shape.page_size, row_tiles), merge_spec(shape.dtype), schedule_spec())
+        row_tiles, num_rows = tiles_of(config)
+        device.load(decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), merge_spec(shape.dtype, num_rows), schedule_spec())
     offsets = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     lengths = [word for array in (seq_lens, offsets) for word in array_words(array.pointer, array.shape, array.strides)]
 
@@ -148,21 +167,21 @@ class Device(Protocol):
 
 
 @cache
-def decode_spec(dtype: str, page_size: int, row_tiles: int) -> KernelSpec:
+def decode_spec(dtype: str, page_size: int, row_tiles: int, num_rows: int) -> KernelSpec:
     from ..kernels import hopper_config as kernel
 
-    config = kernel.HopperConfig(dtype, page_size, row_tiles)
+    config = kernel.HopperConfig(dtype, page_size, row_tiles, num_rows)
     return KernelSpec("hopper_decode", "make_decode_kernel", (config,), "decode_signature", kernel.NUM_THREADS, kernel.SMEM_BYTES,
                       fastmath=True, cluster_size=config.cluster_size)
 
 
 @cache
-def merge_spec(dtype: str) -> KernelSpec:
-    from ..kernels.hopper_merge import BLOCKS_PER_SM, NUM_THREADS
+def merge_spec(dtype: str, num_rows: int) -> KernelSpec:
+    from ..kernels.hopper_merge import NUM_THREADS, blocks_per_sm
 
     # Not fastmath: here infinities are data.
-    return KernelSpec("hopper_merge", "make_merge_kernel", (dtype,), "merge_signature", NUM_THREADS, 0, fastmath=False,
-                      blocks_per_sm=BLOCKS_PER_SM)
+    return KernelSpec("hopper_merge", "make_merge_kernel", (dtype, num_rows), "merge_signature", NUM_THREADS, 0, fastmath=False,
+                      blocks_per_sm=blocks_per_sm(num_rows))
 
 
 @cache
@@ -181,18 +200,18 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
-def _q_map(shape: DecodeShape, q: ArrayMemory, device: Device) -> Callable[[int, int], Any]:
+def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) -> Callable[[int, int], Any]:
     """How a q that lies as this one, at any address, gets its tensor map: a function of its address and the stream.
 
     The map is of (packed rows, tiles, KV heads, q batches), a box is a row tile. Packed rows are token by token, head by head; where q's
     strides have no such axis, or suit no TMA, q is copied first."""
-    from ..kernels.hopper_config import BLOCK_M, NUM_TILES, TILE_COLUMNS
+    from ..kernels.hopper_config import NUM_TILES, TILE_COLUMNS
 
     q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
     batch_stride, token_stride, head_stride = q.strides[:3]
     group_stride, num_floats = heads * head_stride, q.size // 2
-    sizes, box = (TILE_COLUMNS, tokens * heads, NUM_TILES, kv_heads, q_batches), (TILE_COLUMNS, BLOCK_M, NUM_TILES, 1, 1)
+    sizes, box = (TILE_COLUMNS, tokens * heads, NUM_TILES, kv_heads, q_batches), (TILE_COLUMNS, num_rows, NUM_TILES, 1, 1)
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
     fits = packed and head_stride % 16 == 0 and batch_stride % 16 == 0 and min(head_stride, batch_stride) >= 0
     # TMA takes no stride of 0; that of an axis of one does not matter.
@@ -255,26 +274,30 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
 
     What it returns holds on to none of the arrays.
     """
-    from ..kernels.hopper_config import BLOCK_M
-    from ..kernels.hopper_merge import BLOCKS_PER_SM, ITEM_ROWS, ITEMS_PER_GROUP
+    from ..kernels.hopper_config import NUM_WARPS, HopperConfig
+    from ..kernels.hopper_merge import ITEM_ROWS, ITEMS_PER_GROUP, blocks_per_sm
 
     if device is None:
         from .gpu import gpu
 
         device = gpu(q.device or 0)
     num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
-    num_slots, row_tiles, num_kv_heads, heads_per_kv = schedule.num_slots, rows_per_job // BLOCK_M, shape.num_heads_kv, shape.heads_per_kv
-    q_map, kv_maps = _q_map(shape, q, device), _kv_maps(shape, kv_cache, row_tiles, device)
+    num_slots, num_kv_heads, heads_per_kv = schedule.num_slots, shape.num_heads_kv, shape.heads_per_kv
+    row_tiles, num_rows = tiles_of(schedule.config)
+    kernel_config = HopperConfig(shape.dtype, shape.page_size, row_tiles, num_rows)
+    q_map, kv_maps = _q_map(shape, q, num_rows, device), _kv_maps(shape, kv_cache, row_tiles, device)
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
-    # A word for each 16 rows and half of the columns, 0 between launches.
-    num_counters = rows // 16 * 2
-    kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size, row_tiles), merge_spec(shape.dtype)
+    # A word for each warp of a row tile, 0 between launches.
+    num_counters = rows // num_rows * NUM_WARPS
+    # O, and maxima and sums.
+    row_floats = HEAD_DIM_V + 2 * kernel_config.num_states
+    kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), merge_spec(shape.dtype, num_rows)
     # A job's rows are those of a request, or as many as its tiles have.
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
     # A job has two pieces beyond the first for each row that it has in the merge table, or more.
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_items = ITEMS_PER_GROUP * row_groups
-    merge_rows = max(1, min(merge_rows, BLOCKS_PER_SM * device.num_sms // (merge_items * num_kv_heads)))
+    merge_rows = max(1, min(merge_rows, blocks_per_sm(num_rows) * device.num_sms // (merge_items * num_kv_heads)))
     grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_items, num_kv_heads, merge_rows)
     num_requests, max_pages = block_table.shape
     table_words, cache_words = (*block_table.strides, max_pages, num_requests), (*kv_cache.strides[:3], kv_cache.shape[0])
@@ -286,8 +309,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
 
     @lru_cache(maxsize=_MAX_KEPT)
     def workspaces(stream: int) -> tuple[int, int, int]:
-        # O, and maximum and sum once for each half of the columns.
-        o_partial = device.workspace(rows * (HEAD_DIM_V + 4), stream, "partials")
+        o_partial = device.workspace(rows * row_floats, stream, "partials")
         return o_partial, o_partial + rows * HEAD_DIM_V * 4, device.workspace(num_counters, stream, "counters")
 
     def launch(schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None:

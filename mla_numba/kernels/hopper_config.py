@@ -67,6 +67,9 @@ STATE_BYTES = 2 * SUMS_OFFSET
 # Named barriers; 0 is syncthreads. S0_ASKED is hopper_seesaw's; WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
 P0_FREE, P0_STORED, P1_STORED, SUMS, S0_ASKED, WARPGROUP = 1, 2, 3, 4, 5, 6
 
+# Rows that a job has at most where tokens are wgmma's M and rows its N (hopper_swapped).
+SWAPPED_ROWS = (16, 32)
+
 # Shared memory, bytes from a multiple of 1,024.
 Q_SMEM = 0
 K0_SMEM = Q_SMEM + NUM_TILES * TILE_BYTES
@@ -84,6 +87,10 @@ EMPTY_SMEM = FULL_SMEM + 2 * 2 * 8
 Q_FULL_SMEM = EMPTY_SMEM + 2 * 2 * 8
 Q_EMPTY_SMEM = Q_FULL_SMEM + 8
 SMEM_BYTES = Q_EMPTY_SMEM + 8 + 1024
+# Of hopper_swapped, whose Q is smaller, behind it: each warp's maxima of a block, each warp's sums of a piece, and 16-bit results.
+WARP_MAX_SMEM = Q_SMEM + NUM_TILES * SWAPPED_ROWS[-1] * 128
+WARP_SUM_SMEM = WARP_MAX_SMEM + NUM_WARPS * SWAPPED_ROWS[-1] * 4
+SWAPPED_STAGE_SMEM = WARP_SUM_SMEM + NUM_WARPS * SWAPPED_ROWS[-1] * 4
 # A thread has two rows, 8 apart, in every array of a value per row.
 NEXT_ROW = 8 * 4
 
@@ -98,6 +105,9 @@ END_OF_WORK = -1
 
 # A consumer's arrays: S 32 floats, O 128 floats, P and Q's last tile 16 words each, the sums of its two rows.
 Registers = namedtuple("Registers", "s_rmem o_rmem p_rmem q8_rmem sums_rmem")
+# Of hopper_swapped: S and each of the four tiles of O num_rows / 2 floats, the sums of num_rows / 4 rows.
+SwappedRegisters = namedtuple("SwappedRegisters", "s_rmem o_rmem sums_rmem")
+Tiles = namedtuple("Tiles", "t0 t1 t2 t3")
 # A consumer thread's place: the block's shared memory, its first row there, its number in the warpgroup and in the warp.
 Place = namedtuple("Place", "base row_smem thread lane")
 # What all rows of a launch have in common.
@@ -124,14 +134,22 @@ class HopperConfig:
     ----------
     row_tiles : int
         Of a job, 1 to 4: as many thread blocks walk the same blocks of the cache.
+    num_rows : int
+        Of a row tile: BLOCK_M, or one of SWAPPED_ROWS, with one row tile.
     """
 
     dtype: str
     page_size: int
     row_tiles: int
+    num_rows: int = BLOCK_M
 
     def __str__(self) -> str:
-        return f"{self.dtype}-{self.page_size}-{self.row_tiles}"
+        return f"{self.dtype}-{self.page_size}-{self.row_tiles}" + (f"-{self.num_rows}" if self.is_swapped else "")
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether tokens are wgmma's M and rows its N: 64 rows would be padding for the most part."""
+        return self.num_rows < BLOCK_M
 
     @property
     def cluster_size(self) -> int:
@@ -153,6 +171,20 @@ class HopperConfig:
     def is_read_once(self) -> bool:
         """Whether what is loaded may leave L2 first, as no other thread block asks for it."""
         return self.row_tiles == self.cluster_size
+
+    @property
+    def q_tile_bytes(self) -> int:
+        return self.num_rows * 128
+
+    @property
+    def warp_part_bytes(self) -> int:
+        """A warp's part of a partial O."""
+        return self.num_rows * HEAD_DIM_V * 4 // NUM_WARPS if self.is_swapped else WARP_PART_BYTES
+
+    @property
+    def num_states(self) -> int:
+        """Copies of a partial result's maxima and sums: of each warpgroup; or, as all warps have columns of all rows, of each warp."""
+        return NUM_WARPS if self.is_swapped else 2
 
     @property
     def page_rows(self) -> int:

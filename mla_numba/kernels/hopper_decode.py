@@ -1,13 +1,13 @@
 """Dense MLA decode for Hopper: TMA brings blocks of the cache, two warpgroups multiply and exponentiate, O stays in registers.
 
-A thread block attends 64 packed query rows to 64-token blocks of the cache, even ones from buffer K0, odd ones from K1:
+A thread block attends 64 packed query rows, or 16 or 32, to 64-token blocks of the cache, even ones from buffer K0, odd ones from K1:
 
     warpgroup 0            S = Q K0, P0 = softmax; the left 256 columns of O: O_left += P0 V0_left, O_left += P1 V1_left
     warpgroup 1            S = Q K1, P1 = softmax; the right 256 columns:     O_right += P0 V0_right, O_right += P1 V1_right
     warpgroup 2, one warp  TMA: the sides of K0 and K1, each as its last reader is done
 
 A tile of V is a tile of K: the cache is read once. In which order is hopper_stream's, where memory is the limit (one row tile), or
-hopper_seesaw's, where the tensor core is.
+hopper_seesaw's, where the tensor core is; hopper_swapped has the former for 16 and 32 rows, with all products transposed.
 
     shared     Q 9 tiles | K0 9 tiles | K1 9 tiles | P0 1 tile | max, scales, sums, pieces, mbarriers    tile = 64 rows x 128 bytes
                P1 lies in Q's tile 8, which both warpgroups keep in registers (q8_rmem)
@@ -22,7 +22,8 @@ Who waits for whom (see the table in docs/kernel.md; one line each where it happ
     P0_FREE, P0_STORED, P1_STORED, S0_ASKED, SUMS    named barriers of the 256 consumers
 
 This file is the kernel and its walk over the pieces. hopper_load brings the tiles, hopper_products multiplies, hopper_softmax is in
-between, hopper_stream and hopper_seesaw order them, hopper_store ends a piece, hopper_config has the numbers.
+between, hopper_stream and hopper_seesaw order them, hopper_store ends a piece; hopper_swapped and hopper_swapped_store are these for few
+rows; hopper_config has the numbers.
 """
 
 from collections.abc import Callable
@@ -34,13 +35,11 @@ from numba.cuda import types
 
 from .. import ptx
 from .hopper_config import (
-    BLOCK_M,
     CONSUMER_REGISTERS,
     EMPTY_SMEM,
     FIRST_MAP,
     FULL_SMEM,
     MAP_WORDS,
-    MAX_SMEM,
     NEXT_STEP,
     NUM_CONSUMERS,
     NUM_WARPS,
@@ -53,8 +52,6 @@ from .hopper_config import (
     PRODUCER_REGISTERS,
     Q_EMPTY_SMEM,
     Q_FULL_SMEM,
-    SUM_SMEM,
-    SUMS,
     Cache,
     HopperConfig,
     Maps,
@@ -63,7 +60,9 @@ from .hopper_config import (
     Problem,
     Registers,
     Results,
+    SwappedRegisters,
     Tables,
+    Tiles,
     inline,
 )
 from .hopper_load import make_producer
@@ -72,6 +71,8 @@ from .hopper_seesaw import make_seesaw
 from .hopper_softmax import make_softmax
 from .hopper_store import make_store
 from .hopper_stream import make_stream
+from .hopper_swapped import make_swapped
+from .hopper_swapped_store import make_swapped_store
 
 i32, u32, f32 = np.int32, np.uint32, np.float32
 
@@ -84,17 +85,45 @@ def decode_signature() -> types.Type:
                       stride, i, address, stride, stride, stride, address, stride, stride, stride, i, i, i, f, f)
 
 
+def make_beginning(config: HopperConfig) -> tuple[Callable[..., None], ...]:
+    """(begin_o, clear_o): what a piece begins with, and O of one without blocks."""
+    # With two row tiles and more it would be 1 to 1.5% more of long calls; with one it is up to 5% less of short ones (H200).
+    FIRST_PRODUCT_BEGINS_O = config.is_stream
+    o_begin = ptx.make_registers_begin(128)
+
+    @inline
+    def clear_o(o_rmem):
+        """O = 0."""
+        for i in range(128):
+            o_rmem[i] = f32(0)
+
+    @inline
+    def begin_o(o_rmem):
+        """O = 0, or, where the first product begins it, anything."""
+        if not FIRST_PRODUCT_BEGINS_O:
+            clear_o(o_rmem)
+        else:
+            o_begin(o_rmem)
+
+    return begin_o, clear_o
+
+
 @cache
 def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     """The kernel for `config`, not yet compiled. Grid (row tiles of a job, workers, KV heads), NUM_THREADS threads, SMEM_BYTES."""
     first_rows, prefetch_page_ids, produce = make_producer(config)
-    (release_q, end_piece, store_piece), products, softmax = make_store(config), make_products(config), make_softmax(config)
-    attend_even, attend_odd = (make_stream if config.is_stream else make_seesaw)(products, softmax, release_q)
-    load_q8, load_rows, store_rows = products.load_q8, softmax.load_rows, softmax.store_rows
-    visible_to, piece_words = softmax.visible_to, softmax.piece_words
-    # With two row tiles and more it would be 1 to 1.5% more of long calls; with one it is up to 5% less of short ones (H200).
-    FIRST_PRODUCT_BEGINS_O = config.is_stream
-    o_begin = ptx.make_registers_begin(128)
+    products, softmax, store = make_products(config), make_softmax(config), make_store(config)
+    IS_SWAPPED = config.is_swapped
+    if IS_SWAPPED:
+        begin_o, clear_o, attend_even, attend_odd, exchange_sums = make_swapped(config, softmax, store.release_q)
+        end_piece, store_piece = make_swapped_store(config, store)
+    else:
+        attend_even, attend_odd = (make_stream if config.is_stream else make_seesaw)(products, softmax, store.release_q)
+        end_piece, store_piece, exchange_sums = store.end_piece, store.store_piece, softmax.exchange_sums
+        begin_o, clear_o = make_beginning(config)
+    load_q8, visible_to, piece_words = products.load_q8, softmax.visible_to, softmax.piece_words
+    # Of hopper_swapped: of a tile of S or O, and of sums.
+    TILE_FLOATS, NUM_SUMS = config.num_rows // 2, config.num_rows // 4 if IS_SWAPPED else 2
     CLUSTER_SIZE = config.cluster_size
     take_registers = ptx.make_setmaxnreg("inc", CONSUMER_REGISTERS)
     give_registers = ptx.make_setmaxnreg("dec", PRODUCER_REGISTERS)
@@ -102,33 +131,10 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     q_map_address, left_map_address, right_map_address = (ptx.make_parameter_address(FIRST_MAP + i * MAP_WORDS) for i in range(3))
 
     @inline
-    def clear(o_rmem):
-        """O = 0."""
-        for i in range(128):
-            o_rmem[i] = f32(0)
-
-    @inline
-    def exchange_sums(sums_rmem, row_smem, thread, side):
-        """Row sums over the 4 threads of a row and both warpgroups; the last maximum."""
-        for half in range(2):
-            total = sums_rmem[half] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[half], 1)
-            sums_rmem[half] = total + cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
-        if thread & u32(3) == 0:
-            store_rows(row_smem + u32(SUM_SMEM) + side * u32(4 * BLOCK_M), sums_rmem[0], sums_rmem[1])
-        # Both warpgroups arrive and wait: each other's sums, and the last maximum.
-        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
-        left_a, left_b = load_rows(row_smem + u32(SUM_SMEM))
-        right_a, right_b = load_rows(row_smem + u32(SUM_SMEM + 4 * BLOCK_M))
-        sums_rmem[0], sums_rmem[1] = left_a + right_a, left_b + right_b
-        return load_rows(row_smem + u32(MAX_SMEM))
-
-    @inline
-    def consume(base, wg, thread, problem, results, partials):
+    def consume(base, wg, thread, regs, problem, results, partials):
         """A warpgroup's walk over the pieces that the producer announces."""
         lane = thread & u32(31)
-        regs = Registers(cuda.local.array(32, types.float32), cuda.local.array(128, types.float32), cuda.local.array(16, types.uint32),
-                         cuda.local.array(16, types.uint32), cuda.local.array(2, types.float32))
-        tile_row = (thread >> u32(5)) * u32(16) + (lane >> u32(2))
+        tile_row = (lane & u32(3)) * u32(2) if IS_SWAPPED else (thread >> u32(5)) * u32(16) + (lane >> u32(2))
         # Bit 0: of the K buffer's next use. Bit 6: of the piece; it tells the two places for a piece's words apart. The rest: the steps.
         parity = u32(0)
         while True:
@@ -140,30 +146,27 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             num_blocks = ptx.ld_shared_i32(words + u32(PIECE_NUM_BLOCKS))
             if num_blocks < 0:
                 break
-            if not FIRST_PRODUCT_BEGINS_O:
-                clear(regs.o_rmem)
-            else:
-                o_begin(regs.o_rmem)
-            regs.sums_rmem[0] = f32(0)
-            regs.sums_rmem[1] = f32(0)
-            max_a, max_b = f32(0), f32(0)
+            begin_o(regs.o_rmem)
+            for i in range(NUM_SUMS):
+                regs.sums_rmem[i] = f32(0)
+            ends = f32(0), f32(0)
             if num_blocks > 0:
                 begin_block = ptx.ld_shared_i32(words + u32(PIECE_BEGIN_BLOCK))
                 # The first row of the tile sees least.
                 all_see = visible_to(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)), ptx.ld_shared_i32(words + u32(PIECE_SEQ_LEN)),
                                      ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)), problem)
-                load_q8(regs.q8_rmem, at)
+                if not IS_SWAPPED:
+                    load_q8(regs.q8_rmem, at)
                 if wg == 0:
                     parity = attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity)
                 else:
                     parity = attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity)
             else:
-                clear(regs.o_rmem)
+                clear_o(regs.o_rmem)
             part = end_piece(regs, base, piece_words(base, parity), problem, partials)
             if num_blocks > 0:
-                # The side, anew: kept over the steps it would cost a register that O needs.
-                max_a, max_b = exchange_sums(regs.sums_rmem, at.row_smem, thread, ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7))
-            store_piece(regs, part, base, max_a, max_b, piece_words(base, parity), problem, results)
+                ends = exchange_sums(regs.sums_rmem, at)
+            store_piece(regs, part, base, ends, piece_words(base, parity), problem, results)
             parity = u32((parity ^ u32(PIECE_BYTES)) & u32(NEXT_STEP - 1))
 
     def hopper_decode(jobs, workers, starts, o_partial, state_partial, counters, _q_map, _left_map, _right_map, block_table,
@@ -210,7 +213,16 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             take_registers()
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                               lse_token_stride, empty_lse)
-            consume(base, wg, thread, problem, results, Partials(o_partial, state_partial, counters))
+            partials = Partials(o_partial, state_partial, counters)
+            if IS_SWAPPED:
+                tiles = Tiles(cuda.local.array(TILE_FLOATS, types.float32), cuda.local.array(TILE_FLOATS, types.float32),
+                              cuda.local.array(TILE_FLOATS, types.float32), cuda.local.array(TILE_FLOATS, types.float32))
+                consume(base, wg, thread, SwappedRegisters(cuda.local.array(TILE_FLOATS, types.float32), tiles,
+                                                           cuda.local.array(NUM_SUMS, types.float32)), problem, results, partials)
+            else:
+                consume(base, wg, thread, Registers(cuda.local.array(32, types.float32), cuda.local.array(128, types.float32),
+                                                    cuda.local.array(16, types.uint32), cuda.local.array(16, types.uint32),
+                                                    cuda.local.array(2, types.float32)), problem, results, partials)
         if CLUSTER_SIZE > 1:
             # All threads of both blocks: nobody loads into the other one, or arrives there, any more.
             ptx.barrier_cluster_arrive_relaxed()

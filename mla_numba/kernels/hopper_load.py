@@ -87,7 +87,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     BOXES, BOXES_PER_PAGE = BLOCK_N // BOX_ROWS, PAGE_ROWS // BOX_ROWS
     # What leaves first makes room for what comes: read by others too, it would be gone before they ask.
     L2_POLICY = u64(ptx.EVICT_FIRST if config.is_read_once else ptx.EVICT_NORMAL)
-    CLUSTER_SIZE, PREFETCHES = config.cluster_size, config.prefetches
+    CLUSTER_SIZE, PREFETCHES, Q_TILE_BYTES = config.cluster_size, config.prefetches, config.q_tile_bytes
     # Both thread blocks of a cluster.
     CTA_MASK = u16(3)
 
@@ -209,7 +209,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         cuda.syncwarp()
         if lane == 0:
             # The only arrival; completes with Q's last byte, and releases the words of all lanes.
-            ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * TILE_BYTES) if num_blocks > 0 else u32(0))
+            ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * Q_TILE_BYTES) if num_blocks > 0 else u32(0))
 
     @inline
     def piece_end(block, end_block, split_blocks):

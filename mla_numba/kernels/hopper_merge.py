@@ -9,6 +9,12 @@ Partial O lies as the tensor core left it in the registers of the decode's warps
 
     lane l of strip i: rows l / 4 and l / 4 + 8, columns 8 i + 2 (l % 4) and the next, of each
 
+Where rows are wgmma's N (hopper_swapped, `num_rows` 16 or 32) it lies as hopper_swapped_store says: 16 columns of 8 rows are a strip,
+
+    lane l of strip (tile, j): rows 8 j + 2 (l % 4) and the next, columns l / 4 and l / 4 + 8 of the warp's 16 of that tile, of each
+
+and what is said of rows and columns here is so of a lane's 16 bytes with the two exchanged.
+
 A warp takes two strips side by side, 32 bytes of a row of out; a thread block of 8 warps eight such pairs, or its share of them: the more
 parts, the more blocks share (the table says):
 
@@ -53,14 +59,14 @@ from ..scheduler import (
     TOTAL_MERGES,
 )
 from .hopper_config import (
+    BLOCK_M,
+    BLOCK_N,
     MINUS_INFINITY,
-    NEXT_ROW,
     NUM_WARPS,
-    STATE_BYTES,
     STRIP_BYTES,
     STRIPS,
-    SUMS_OFFSET,
-    WARP_PART_BYTES,
+    TILE_COLUMNS,
+    HopperConfig,
     Partials,
     Results,
 )
@@ -70,8 +76,13 @@ i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
 MERGE_WARPS = MERGE_MAX_SHARES
 NUM_THREADS = 32 * MERGE_WARPS
-# Held together by an SM: what their registers must suffice for.
-BLOCKS_PER_SM = 3
+
+
+def blocks_per_sm(num_rows: int) -> int:
+    """Held together by an SM: what their registers must suffice for. For rows that are wgmma's N three of them would spill."""
+    return 3 if num_rows == BLOCK_M else 2
+
+
 # 16 rows by 8 pairs of strips, or a share of them, are an item.
 ITEM_ROWS = 16
 PAIR = 2
@@ -101,9 +112,20 @@ def merge_signature() -> types.Type:
 
 
 @cache
-def make_merge_kernel(dtype: str) -> Callable[..., None]:
+def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
     """The kernel, not yet compiled. Grid (ITEMS_PER_GROUP for each 16 rows of a job that may be in use, KV heads, any), NUM_THREADS
     threads."""
+    config = HopperConfig(dtype, BLOCK_N, 1, num_rows)
+    IS_SWAPPED, WARP_PART, NUM_STATES = config.is_swapped, config.warp_part_bytes, config.num_states
+    # A state is num_rows maxima, then as many sums. Of a lane's two rows the second one is 8 further, or, swapped, the next one.
+    SUMS_OFFSET, NEXT_ROW = 4 * num_rows, 4 if IS_SWAPPED else 8 * 4
+    STATE_BYTES = 2 * SUMS_OFFSET
+    # Swapped, a pair's strips are of the same rows in neighbouring tiles; what waits for a warpgroup's columns waits for its 4 warps, which
+    # count up one word; and for any 16 rows.
+    NEXT_STRIP = num_rows // 8 * STRIP_BYTES if IS_SWAPPED else STRIP_BYTES
+    ANNOUNCEMENTS, ITEMS_PER_COUNTER = (NUM_WARPS // 2, ITEMS_PER_HALF * num_rows // ITEM_ROWS) if IS_SWAPPED else (1, ITEMS_PER_HALF)
+    # From row to row and from column to column of a lane's four floats of a strip.
+    ROW, COLUMN = (1, 2) if IS_SWAPPED else (2, 1)
     to_pair = ptx.cvt_bf16x2 if dtype == "bfloat16" else ptx.cvt_f16x2
     inline = cuda.jit(device=True, forceinline=True)
 
@@ -119,12 +141,13 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 state_rmem[r] = largest
                 state_rmem[2 + r] *= scale
                 for c in range(2 * PAIR):
-                    state_rmem[O_STATE + c // 2 * 4 + 2 * r + c % 2] *= scale
+                    state_rmem[O_STATE + c // 2 * 4 + ROW * r + COLUMN * (c % 2)] *= scale
                 for i in range(count):
                     weight = ptx.ex2(states_rmem[4 * i + r] - largest)
                     state_rmem[2 + r] += weight * states_rmem[4 * i + 2 + r]
                     for c in range(2 * PAIR):
-                        state_rmem[O_STATE + c // 2 * 4 + 2 * r + c % 2] += weight * v_rmem[(i * PAIR + c // 2) * 4 + 2 * r + c % 2]
+                        at = c // 2 * 4 + ROW * r + COLUMN * (c % 2)
+                        state_rmem[O_STATE + at] += weight * v_rmem[i * PAIR * 4 + at]
 
     @inline
     def merge_parts(state_rmem, o_lane, state_lane, slot, slot_step, part, num_parts, stride, is_rehearsal):
@@ -144,13 +167,13 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 for c in range(4 * PAIR):
                     v_rmem[4 * PAIR * i + c] = f32(0)
                 if part < num_parts and not is_rehearsal:
-                    state_address = state_lane + u64(slot) * u64(2 * STATE_BYTES)
+                    state_address = state_lane + u64(slot) * u64(NUM_STATES * STATE_BYTES)
                     for r in range(2):
                         states_rmem[4 * i + r] = ptx.ld_global_f32(state_address + u64(r * NEXT_ROW))
                         states_rmem[4 * i + 2 + r] = ptx.ld_global_f32(state_address + u64(SUMS_OFFSET + r * NEXT_ROW))
-                    o_address = o_lane + u64(slot) * u64(NUM_WARPS * WARP_PART_BYTES)
+                    o_address = o_lane + u64(slot) * u64(NUM_WARPS * WARP_PART)
                     ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i, o_address)
-                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i + 4, o_address + u64(STRIP_BYTES))
+                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i + 4, o_address + u64(NEXT_STRIP))
                 part, slot = u32(part + stride), u32(slot + slot_step)
             add_batch(state_rmem, states_rmem, v_rmem, UNROLL)
 
@@ -169,7 +192,7 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
             for w in range(MERGE_WARPS):
                 weights_rmem[w] = ptx.ex2(weights_rmem[w] - largest) if largest > MINUS_INFINITY else f32(0)
             for c in range(1 + 2 * PAIR):
-                at = 2 + r if c == 0 else O_STATE + (c - 1) // 2 * 4 + 2 * r + (c - 1) % 2
+                at = 2 + r if c == 0 else O_STATE + (c - 1) // 2 * 4 + ROW * r + COLUMN * ((c - 1) % 2)
                 total = f32(0)
                 for w in range(MERGE_WARPS):
                     if w < num_warps:
@@ -177,29 +200,78 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                 state_rmem[at] = total
 
     @inline
-    def store_state(state_rmem, item_smem, item, columns, heads_per_kv, results, is_rehearsal):
+    def first_of_8(pair, first_of_16):
+        """Swapped, a pair has 8 rows of 16."""
+        return u32(first_of_16 + u32(pair & u32(1)) * u32(8))
+
+    @inline
+    def first_tile(pair):
+        """And columns of two tiles, of which this is the first."""
+        return u32(pair & u32(2))
+
+    @inline
+    def place_of(row, item_smem, kv_head, heads_per_kv):
+        """(Query token, head) of a packed row."""
+        return i64(item_smem[MERGE_Q_BEGIN]) + i64(row // heads_per_kv), i64(kv_head * heads_per_kv + row % heads_per_kv)
+
+    @inline
+    def out_address(q_batch, token, head, results):
+        return results.out + u64(q_batch * results.out_batch_stride + token * results.out_token_stride + head * results.out_head_stride)
+
+    @inline
+    def store_lse(q_batch, token, head, maximum, total, results):
+        ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
+                                            + token * results.lse_token_stride),
+                          (maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
+
+    @inline
+    def store_state(state_rmem, item_smem, item, pair, heads_per_kv, results, is_rehearsal):
         """Results of this lane's two rows."""
         lane = ptx.opaque_b32(u32(cuda.threadIdx.x)) & u32(31)
-        column_bytes = columns + (lane & u32(3)) * u32(4)
-        q_batch, q_begin = item_smem[MERGE_Q_BATCH], item_smem[MERGE_Q_BEGIN]
+        column_bytes = u32(item.half * u32(HEAD_DIM_V) + pair * u32(PAIR * 16) + (lane & u32(3)) * u32(4))
         num_rows = u32(item_smem[MERGE_Q_LEN] * heads_per_kv)
         for r in range(2):
             row = u32(item_smem[MERGE_ROW_BEGIN] + item.row_group * u32(ITEM_ROWS) + (lane >> u32(2)) + u32(8 * r))
             if row < num_rows:
-                token, head = i64(q_begin) + i64(row // heads_per_kv), i64(item.kv_head * heads_per_kv + row % heads_per_kv)
+                token, head = place_of(row, item_smem, item.kv_head, heads_per_kv)
+                address = out_address(item_smem[MERGE_Q_BATCH], token, head, results)
                 total = state_rmem[2 + r]
                 factor = f32(1) / total if total > f32(0) else f32(0)
-                address = results.out + u64(q_batch * results.out_batch_stride + token * results.out_token_stride
-                                            + head * results.out_head_stride)
                 for s in range(PAIR):
                     low, high = state_rmem[O_STATE + 4 * s + 2 * r], state_rmem[O_STATE + 4 * s + 2 * r + 1]
                     packed = to_pair(high * factor, low * factor)
                     if not is_rehearsal:
                         ptx.st_global_b32(address + u64(column_bytes + u32(16 * s)), packed)
                 if column_bytes == 0 and not is_rehearsal:
-                    ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
-                                                        + token * results.lse_token_stride),
-                                      (state_rmem[r] + math.log2(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
+                    store_lse(item_smem[MERGE_Q_BATCH], token, head, state_rmem[r], total, results)
+
+    @inline
+    def store_swapped(state_rmem, item_smem, item, pair, heads_per_kv, results, is_rehearsal):
+        """Results of 8 rows: a lane has two of them, and after a transposition one, of which it has two columns side by side."""
+        lane = ptx.opaque_b32(u32(cuda.threadIdx.x)) & u32(31)
+        factor_a = f32(1) / state_rmem[2] if state_rmem[2] > f32(0) else f32(0)
+        factor_b = f32(1) / state_rmem[3] if state_rmem[3] > f32(0) else f32(0)
+        column_bytes = u32(item.half * u32(HEAD_DIM_V) + first_tile(pair) * u32(2 * TILE_COLUMNS) + (pair >> u32(2)) * u32(32)
+                           + (lane & u32(3)) * u32(4))
+        row = u32(item_smem[MERGE_ROW_BEGIN] + first_of_8(pair, item.row_group * u32(ITEM_ROWS)) + (lane >> u32(2)))
+        stores = row < u32(item_smem[MERGE_Q_LEN] * heads_per_kv) and not is_rehearsal
+        token, head = place_of(row, item_smem, item.kv_head, heads_per_kv)
+        address = out_address(item_smem[MERGE_Q_BATCH], token, head, results) + u64(column_bytes)
+        for s in range(PAIR):
+            for c in range(2):
+                at = O_STATE + 4 * s + 2 * c
+                pair = ptx.movmatrix_trans(to_pair(state_rmem[at + 1] * factor_b, state_rmem[at] * factor_a))
+                if stores:
+                    ptx.st_global_b32(address + u64(s * 2 * TILE_COLUMNS + 16 * c), pair)
+        # Of row lane / 4: lane / 8 has it, as its first or second one.
+        owner, is_odd = i32(lane >> u32(3)), lane & u32(4) != 0
+        sum_a, sum_b = cuda.shfl_sync(0xFFFFFFFF, state_rmem[2], owner), cuda.shfl_sync(0xFFFFFFFF, state_rmem[3], owner)
+        max_a, max_b = cuda.shfl_sync(0xFFFFFFFF, state_rmem[0], owner), cuda.shfl_sync(0xFFFFFFFF, state_rmem[1], owner)
+        total, maximum = sum_b if is_odd else sum_a, max_b if is_odd else max_a
+        if column_bytes == 0 and stores:
+            store_lse(item_smem[MERGE_Q_BATCH], token, head, maximum, total, results)
+
+    store = store_swapped if IS_SWAPPED else store_state
 
     @inline
     def are_there(counter, num_parts):
@@ -210,25 +282,34 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
     def merge_item(state_rmem, states_smem, item_smem, merge, num_parts, item, warp, lane, shape, partials, results):
         """An item of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
         group, half, row_group = item.group, item.half, item.row_group
-        first_row = u32(u32(column(merge, MERGE_ROW_BEGIN)) + row_group * u32(ITEM_ROWS))
         num_shares, share = u32(column(merge, MERGE_NUM_SHARES)), u32(column(merge, MERGE_SHARE))
         first_of_job = u32(column(merge, MERGE_FIRST_SLOT))
+        first_row = u32(u32(column(merge, MERGE_ROW_BEGIN)) + row_group * u32(ITEM_ROWS))
         if first_row < u32(u32(column(merge, MERGE_Q_LEN)) * shape.heads_per_kv):
             # The warps from first_warp on have one pair, of every so many-th part each; a block's pairs lie so far apart, too.
             first_part = u32(warp & (num_shares - u32(1)))
             first_warp = u32(warp - first_part)
             pair = u32(group * u32(MERGE_WARPS) + first_warp + share)
-            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, twice 64 rows'.
-            tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
+            # Slots are (slot, KV head, row tile) of O, 8 warps' parts, and of states, each warpgroup's or, swapped, each warp's.
+            row_in_tile = row_group % u32(NUM_WARPS // 2) * u32(ITEM_ROWS)
+            if IS_SWAPPED:
+                # A warp has four pairs of these 16 rows.
+                tile, word = u32(0), half * u32(NUM_WARPS // 2)
+                part_warp = word + (pair >> u32(2))
+                strip = first_tile(pair) * u32(num_rows // 8) + first_of_8(pair, row_in_tile) // u32(8)
+                state, state_row = part_warp, first_of_8(pair, row_in_tile) + (lane & u32(3)) * u32(2)
+            else:
+                tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
+                word, strip = part_warp, pair * u32(PAIR)
+                state, state_row = half, row_in_tile + (lane >> u32(2))
             step = u32(u32(cuda.gridDim.y) * shape.row_tiles)
             first_slot = u32(u32(first_of_job * step) + u32(item.kv_head * shape.row_tiles) + tile)
-            o_lane = partials.o + u64(part_warp * u32(WARP_PART_BYTES) + pair * u32(PAIR * STRIP_BYTES) + lane * u32(16))
-            state_lane = partials.states + u64(half * u32(STATE_BYTES) + (row_group % u32(NUM_WARPS // 2) * u32(ITEM_ROWS)
-                                                                           + (lane >> u32(2))) * u32(4))
-            counter = partials.counters + u64(first_slot * u32(NUM_WARPS) + part_warp) * u64(4)
-            columns = ptx.opaque_b32(half * u32(HEAD_DIM_V) + pair * u32(PAIR * 16))
+            o_lane = partials.o + u64(part_warp * u32(WARP_PART) + strip * u32(STRIP_BYTES) + lane * u32(16))
+            state_lane = partials.states + u64(state * u32(STATE_BYTES) + state_row * u32(4))
+            counter = partials.counters + u64(first_slot * u32(NUM_WARPS) + word) * u64(4)
+            announced = u32(num_parts * u32(ANNOUNCEMENTS))
             if cuda.threadIdx.x == 0:
-                item_smem[READY] = are_there(counter, num_parts)
+                item_smem[READY] = are_there(counter, announced)
             if cuda.threadIdx.x < MERGE_COLUMNS:
                 item_smem[cuda.threadIdx.x] = u32(merge)
             # All warps: whether the parts are there, and the table's row.
@@ -238,7 +319,7 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
             while True:
                 if cuda.threadIdx.x == 0 and not is_rehearsal:
                     # Of the blocks that see it complete the last one begins the count anew, for the next launch.
-                    ptx.red_inc_u32(counter, u32(num_parts + num_shares * u32(ITEMS_PER_HALF) - u32(1)))
+                    ptx.red_inc_u32(counter, u32(announced + num_shares * u32(ITEMS_PER_COUNTER) - u32(1)))
                 merge_parts(state_rmem, o_lane, state_lane, u32(first_slot + first_part * step), u32(num_shares * step), first_part,
                             num_parts, num_shares, is_rehearsal)
                 if num_shares > 1:
@@ -249,13 +330,13 @@ def make_merge_kernel(dtype: str) -> Callable[..., None]:
                     if first_part == 0:
                         add_warps(state_rmem, states_smem, first_warp, num_shares, lane)
                 if first_part == 0:
-                    store_state(state_rmem, item_smem, item, columns, shape.heads_per_kv, results, is_rehearsal)
+                    store(state_rmem, item_smem, item, ptx.opaque_b32(pair), shape.heads_per_kv, results, is_rehearsal)
                 if not is_rehearsal:
                     break
                 is_rehearsal = False
                 if cuda.threadIdx.x == 0:
                     # The decode's blocks have all begun, and wait for no block of this grid.
-                    while not are_there(counter, num_parts):
+                    while not are_there(counter, announced):
                         pass
                 # All warps: the parts are there.
                 cuda.syncthreads()

@@ -1,6 +1,7 @@
 """The consumers' products: S = Q K^T and O += P V by wgmma, how Q and P get to where the tensor core reads them, and how K's buffers are
 given back."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,22 @@ u32, u64 = np.uint32, np.uint64
 NEXT_TILE, NEXT_COLUMNS = TILE_BYTES >> 4, 32 >> 4
 
 
+def make_release(config: HopperConfig) -> Callable[..., None]:
+    """release, for the consumer warps."""
+    CLUSTER_SIZE = config.cluster_size
+
+    @inline
+    def release(base, buffer, side, lane):
+        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
+        if lane == 0:
+            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
+            ptx.mbarrier_arrive(mbar)
+            if CLUSTER_SIZE > 1:
+                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
+
+    return release
+
+
 def make_products(config: HopperConfig) -> SimpleNamespace:
     """The functions below, by name."""
     wgmma_qk = ptx.make_wgmma(64, config.dtype)
@@ -43,6 +60,8 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     SIDE_K_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side))) for side in range(2))
     SIDE_MN_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side), config.next_tile_bytes)) for side in range(2))
     NEXT_K_TILE, NEXT_ROWS = config.next_tile_bytes >> 4, tuple(2 * config.next_atom_bytes(side) >> 4 for side in range(2))
+
+    release = make_release(config)
 
     @inline
     def descriptor(form, address):
@@ -130,15 +149,6 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
             wgmma_pv(o_rmem, p_desc + u64(k * NEXT_COLUMNS), v_desc + u64(k * NEXT_ROWS[side]),
                      u32(1) if k > 0 else u32(accumulate))
         ptx.wgmma_commit_group()
-
-    @inline
-    def release(base, buffer, side, lane):
-        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
-        if lane == 0:
-            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
-            ptx.mbarrier_arrive(mbar)
-            if CLUSTER_SIZE > 1:
-                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
 
     @inline
     def add_own_pv(regs, base, v_smem, wg, lane, accumulate):

@@ -12,6 +12,7 @@ from numba import cuda
 from .. import ptx
 from .hopper_config import (
     ATOM_ROWS,
+    BLOCK_M,
     BLOCK_N,
     EXACT_STEPS,
     LEFT_TILES,
@@ -21,11 +22,14 @@ from .hopper_config import (
     NEXT_ROW,
     NEXT_STEP,
     NO_SCORE,
+    NUM_CONSUMERS,
     PIECE_BYTES,
     PIECE_Q_LEN,
     PIECE_ROW_BEGIN,
     PIECE_SEQ_LEN,
     PIECE_SMEM,
+    SUM_SMEM,
+    SUMS,
     TILE_BYTES,
     HopperConfig,
     inline,
@@ -122,6 +126,23 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             p_rmem[2 * i + 1] = to_pair(s_rmem[4 * i + 3], s_rmem[4 * i + 2])
 
     @inline
+    def exchange_sums(sums_rmem, at):
+        """Row sums over the 4 threads of a row and both warpgroups; returns the last maximum of the thread's two rows."""
+        # The side, anew: kept over the steps it would cost a register that O needs.
+        side = ptx.opaque_b32(u32(cuda.threadIdx.x)) >> u32(7)
+        for half in range(2):
+            total = sums_rmem[half] + cuda.shfl_xor_sync(0xFFFFFFFF, sums_rmem[half], 1)
+            sums_rmem[half] = total + cuda.shfl_xor_sync(0xFFFFFFFF, total, 2)
+        if at.thread & u32(3) == 0:
+            store_rows(at.row_smem + u32(SUM_SMEM) + side * u32(4 * BLOCK_M), sums_rmem[0], sums_rmem[1])
+        # Both warpgroups arrive and wait: each other's sums, and the last maximum.
+        ptx.bar_sync(u32(SUMS), u32(NUM_CONSUMERS))
+        left_a, left_b = load_rows(at.row_smem + u32(SUM_SMEM))
+        right_a, right_b = load_rows(at.row_smem + u32(SUM_SMEM + 4 * BLOCK_M))
+        sums_rmem[0], sums_rmem[1] = left_a + right_a, left_b + right_b
+        return load_rows(at.row_smem + u32(MAX_SMEM))
+
+    @inline
     def piece_words(base, parity):
         """Where the words of the piece lie. From an opaque address: kept over the steps they would cost a register that O needs."""
         return u32(ptx.opaque_b32(base) + u32(PIECE_SMEM) + (parity & u32(PIECE_BYTES)))
@@ -183,5 +204,6 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             if first_token > i32(seq_len - i32(BLOCK_N)):
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
-    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, follow_max=follow_max, rescale=rescale,
-                           exponentiate=exponentiate, visible_to=visible_to, hide_unseen=hide_unseen, piece_words=piece_words)
+    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, lagging_max=lagging_max, follow_max=follow_max,
+                           rescale=rescale, exponentiate=exponentiate, exchange_sums=exchange_sums, visible_to=visible_to,
+                           hide_unseen=hide_unseen, zero_tail=zero_tail, piece_words=piece_words)

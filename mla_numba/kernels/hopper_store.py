@@ -7,7 +7,7 @@ in more pieces all leave theirs, and count the word up; hopper_merge waits for i
 
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from numba import cuda
@@ -57,8 +57,9 @@ Part = namedtuple("Part", "is_last row rows_of_request counter o state")
 ANNOUNCED = 3
 
 
-def make_store(config: HopperConfig) -> Callable[..., None]:
-    """(release_q, end_piece, store_piece), for the consumer warps; the last two before and after the sums are exchanged."""
+def make_store(config: HopperConfig) -> SimpleNamespace:
+    """The functions below, by name: release_q, end_piece and store_piece, for the consumer warps, the last two before and after the sums
+    are exchanged; others are hopper_swapped_store's, too."""
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
 
     @inline
@@ -130,8 +131,8 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return stage + row * u32(STAGE_ROW_BYTES) + ((chunk ^ row) << u32(4))
 
     @inline
-    def store_lse(row, words, wg, lane, rows_of_request, kv_head, heads_per_kv, lse2, results):
-        """Store a row's lse, by lanes 0 to 15 of warpgroup 0; returns where this warpgroup's columns of the row go, 0 if the request has no
+    def store_lse(row, words, wg, is_first, rows_of_request, kv_head, heads_per_kv, lse2, results):
+        """Store a row's lse, if `is_first`; returns where this warpgroup's columns of the row go, 0 if the request has no
         such row."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
@@ -143,7 +144,7 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         if row < rows_of_request:
             address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride
                        + head * results.out_head_stride + i64(wg * u32(HEAD_DIM_V)))
-            if wg == 0 and lane < u32(WARP_ROWS):
+            if is_first:
                 ptx.st_global_f32(results.lse + u64(q_batch * results.lse_batch_stride + head * results.lse_head_stride
                                                     + token * results.lse_token_stride),
                                   lse2 * f32(LN_2) if lse2 > MINUS_INFINITY else results.empty_lse)
@@ -243,9 +244,9 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 
     @inline
-    def store_piece(regs, part, base, max_a, max_b, words, problem, results):
+    def store_piece(regs, part, base, maxima, words, problem, results):
         """The piece's rows: to the results, or to its slot of the workspace, if more pieces are to come."""
-        o_rmem, heads_per_kv = regs.o_rmem, problem.heads_per_kv
+        o_rmem, heads_per_kv, (max_a, max_b) = regs.o_rmem, problem.heads_per_kv, maxima
         kv_head = i32(cuda.blockIdx.z)
         thread_idx = ptx.opaque_b32(u32(cuda.threadIdx.x))
         lane, wg = thread_idx & u32(31), thread_idx >> u32(7)
@@ -282,11 +283,12 @@ def make_store(config: HopperConfig) -> Callable[..., None]:
             of_row = i32((lane & u32(7)) * u32(4))
             lse2_a, lse2_b = cuda.shfl_sync(0xFFFFFFFF, lse2_a, of_row), cuda.shfl_sync(0xFFFFFFFF, lse2_b, of_row)
             row = i32(part.row - i32(lane >> u32(2)) + i32(lane & u32(WARP_ROWS - 1)))
-            row_address = store_lse(row, words, wg, lane, part.rows_of_request, kv_head, heads_per_kv,
+            row_address = store_lse(row, words, wg, wg == 0 and lane < u32(WARP_ROWS), part.rows_of_request, kv_head, heads_per_kv,
                                     lse2_b if lane & u32(8) else lse2_a, results)
             store_results(o_rmem, (factor_a, factor_b), row_address, base, thread_idx)
         elif part.counter != u64(0):
             store_state(part.state, max_a, max_b, regs.sums_rmem[0], regs.sums_rmem[1], lane)
             announce(part.counter, lane)
 
-    return release_q, end_piece, store_piece
+    return SimpleNamespace(release_q=release_q, end_piece=end_piece, store_piece=store_piece, claim=claim, announce=announce,
+                           await_announced=await_announced, pair_weights=pair_weights, store_lse=store_lse, whole_row=whole_row)

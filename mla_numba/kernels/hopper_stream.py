@@ -89,6 +89,12 @@ def make_stream(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
         add_other_pv(regs, base, base + u32(P_SMEM[1 - wg]), base + u32(K_SMEM[1 - wg] + V_BEGIN[wg]), wg, at.lane,
                      not is_first)
 
+    return walk_blocks(own_block, other_block, release_q)
+
+
+def walk_blocks(own_block: Callable[..., None], other_block: Callable[..., None],
+                release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+    """(attend_even, attend_odd), of what a warpgroup does of the block in its own buffer, and of the one in the other's."""
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""

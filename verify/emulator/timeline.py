@@ -17,10 +17,11 @@ from verify.cases import MLACase
 from .device import EmulatedGpu, decode
 
 # What a warp's instruction occupies it for. `ex2` (with the multiply-add before it) and `memory` are charged by the lane: a quarter
-# of an SM takes 4 exponentials a cycle. The rest are latencies as micro-benchmarks of Hopper give them, rounded.
+# of an SM takes 4 exponentials a cycle. The rest are latencies as micro-benchmarks of Hopper give them, rounded;
+# for movmatrix none was found, and it is taken for half an ldmatrix.
 COSTS = {"ex2": 10 / 32, "memory": 2 / 32, "shfl.sync": 8.0, "vote.any": 8.0, "syncwarp": 4.0, "bar.sync": 15.0, "bar.arrive": 8.0,
-         "ldmatrix": 30.0, "stmatrix": 16.0, "wgmma.fence": 4.0, "wgmma": 4.0, "wgmma.commit_group": 2.0, "wgmma.wait_group": 10.0,
-         "setmaxnreg": 20.0}
+         "ldmatrix": 30.0, "stmatrix": 16.0, "movmatrix": 15.0, "wgmma.fence": 4.0, "wgmma": 4.0, "wgmma.commit_group": 2.0,
+         "wgmma.wait_group": 10.0, "setmaxnreg": 20.0}
 # wgmma of 64 x n x 16: n / 2 cycles of the tensor core, if shared memory keeps up (FACTS.md's model).
 CYCLES_PER_COLUMN = 0.5
 TMA_LATENCY = 700.0
@@ -75,11 +76,11 @@ class Timing:
         if kind == "ex2":
             self._add(row_of(warp), "exponentials", begin, warp.now)
 
-    def multiply(self, warp: Any, n: int) -> float:
-        """A wgmma is issued: when will it be done?"""
+    def multiply(self, warp: Any, n: int, reads_v: bool) -> float:
+        """A wgmma is issued: when will it be done? V alone is not K-major, whichever operand it is."""
         begin = max(warp.now, self._tensor_free.get(warp.index % 4, 0.0))
         end = self._tensor_free[warp.index % 4] = begin + n * CYCLES_PER_COLUMN
-        self._add(tensor_row(warp), "O += P V" if n > 64 else "S = Q K", begin, end)
+        self._add(tensor_row(warp), "O += P V" if reads_v else "S = Q K", begin, end)
         return end
 
     def awaited(self, warp: Any, done_at: float) -> None:
