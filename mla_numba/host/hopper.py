@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numba import cuda
@@ -16,6 +16,9 @@ from . import simt
 from .launch import ArrayMemory, KernelSpec, Strided, array_words
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
+
+if TYPE_CHECKING:
+    from ..kernels.hopper_config import HopperConfig
 
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
@@ -236,10 +239,10 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
     return copying_if_needed
 
 
-def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: Device) -> Callable[[int], tuple[Any, Any]]:
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: "HopperConfig", device: Device) -> Callable[[int], tuple[Any, Any]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
     or the two halves of a right side; of eight tokens, if pages are smaller than a block."""
-    from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS, HopperConfig
+    from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS
 
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
     num_pages, heads = kv_cache.shape[0], shape.num_heads_kv
@@ -248,7 +251,6 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, row_tiles: int, device: 
         page_stride, token_stride, head_stride = _c_strides((1, shape.page_size, heads, HEAD_DIM_QK))
     sizes = (TILE_COLUMNS, shape.page_size, NUM_TILES, heads, max(num_pages, 1))
     strides = (token_stride or 16, 2 * TILE_COLUMNS, head_stride or 16, page_stride or 16)
-    config = HopperConfig(shape.dtype, shape.page_size, row_tiles)
     box_tiles = SIDE_TILES if config.cluster_size == 1 else (HALF_TILES, SIDE_TILES[1] - HALF_TILES)
     left, right = ((TILE_COLUMNS, config.box_rows, tiles, 1, 1) for tiles in box_tiles)
 
@@ -284,13 +286,13 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     num_workers, rows_per_job, split_blocks = schedule.config.num_workers, schedule.config.rows_per_job, schedule.config.split_blocks
     num_slots, num_kv_heads, heads_per_kv = schedule.num_slots, shape.num_heads_kv, shape.heads_per_kv
     row_tiles, num_rows = tiles_of(schedule.config)
-    kernel_config = HopperConfig(shape.dtype, shape.page_size, row_tiles, num_rows)
-    q_map, kv_maps = _q_map(shape, q, num_rows, device), _kv_maps(shape, kv_cache, row_tiles, device)
+    config = HopperConfig(shape.dtype, shape.page_size, row_tiles, num_rows)
+    q_map, kv_maps = _q_map(shape, q, num_rows, device), _kv_maps(shape, kv_cache, config, device)
     rows = max(num_slots, 1) * num_kv_heads * rows_per_job
     # A word for each warp of a row tile, 0 between launches.
     num_counters = rows // num_rows * NUM_WARPS
     # O, and maxima and sums.
-    row_floats = HEAD_DIM_V + 2 * kernel_config.num_states
+    row_floats = HEAD_DIM_V + 2 * config.num_states
     kernel, merge_kernel = decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), merge_spec(shape.dtype, num_rows)
     # A job's rows are those of a request, or as many as its tiles have.
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)

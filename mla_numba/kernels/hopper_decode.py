@@ -115,7 +115,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
     products, softmax, store = make_products(config), make_softmax(config), make_store(config)
     IS_SWAPPED = config.is_swapped
     if IS_SWAPPED:
-        begin_o, clear_o, attend_even, attend_odd, exchange_sums = make_swapped(config, softmax, store.release_q)
+        begin_o, clear_o, attend_even, attend_odd, exchange_sums = make_swapped(config, products, softmax, store.release_q)
         end_piece, store_piece = make_swapped_store(config, store)
     else:
         attend_even, attend_odd = (make_stream if config.is_stream else make_seesaw)(products, softmax, store.release_q)
@@ -149,6 +149,7 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             begin_o(regs.o_rmem)
             for i in range(NUM_SUMS):
                 regs.sums_rmem[i] = f32(0)
+            # The maxima of the thread's two rows; of few rows maximum and sum of the lane's.
             ends = f32(0), f32(0)
             if num_blocks > 0:
                 begin_block = ptx.ld_shared_i32(words + u32(PIECE_BEGIN_BLOCK))

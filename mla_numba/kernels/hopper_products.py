@@ -1,7 +1,6 @@
 """The consumers' products: S = Q K^T and O += P V by wgmma, how Q and P get to where the tensor core reads them, and how K's buffers are
 given back."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,24 +29,8 @@ u32, u64 = np.uint32, np.uint64
 NEXT_TILE, NEXT_COLUMNS = TILE_BYTES >> 4, 32 >> 4
 
 
-def make_release(config: HopperConfig) -> Callable[..., None]:
-    """release, for the consumer warps."""
-    CLUSTER_SIZE = config.cluster_size
-
-    @inline
-    def release(base, buffer, side, lane):
-        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
-        if lane == 0:
-            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
-            ptx.mbarrier_arrive(mbar)
-            if CLUSTER_SIZE > 1:
-                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
-
-    return release
-
-
 def make_products(config: HopperConfig) -> SimpleNamespace:
-    """The functions below, by name."""
+    """The functions below, by name, and the forms of the descriptors that they make."""
     wgmma_qk = ptx.make_wgmma(64, config.dtype)
     wgmma_qk_rmem = ptx.make_wgmma(64, config.dtype, a_in_registers=True)
     wgmma_pv = ptx.make_wgmma(256, config.dtype, b_transposed=True)
@@ -60,8 +43,6 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
     SIDE_K_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side))) for side in range(2))
     SIDE_MN_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side), config.next_tile_bytes)) for side in range(2))
     NEXT_K_TILE, NEXT_ROWS = config.next_tile_bytes >> 4, tuple(2 * config.next_atom_bytes(side) >> 4 for side in range(2))
-
-    release = make_release(config)
 
     @inline
     def descriptor(form, address):
@@ -151,6 +132,15 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
         ptx.wgmma_commit_group()
 
     @inline
+    def release(base, buffer, side, lane):
+        """This warp is done with one side of a K buffer. 4 warps of each block that shares it make the phase, the producers wait."""
+        if lane == 0:
+            mbar = base + u32(EMPTY_SMEM + (buffer * 2 + side) * 8)
+            ptx.mbarrier_arrive(mbar)
+            if CLUSTER_SIZE > 1:
+                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))
+
+    @inline
     def add_own_pv(regs, base, v_smem, wg, lane, accumulate):
         """O (+)= P V of the block in this warpgroup's own buffer, whose side of V is free then."""
         o_fence(regs.o_rmem)
@@ -172,4 +162,5 @@ def make_products(config: HopperConfig) -> SimpleNamespace:
 
     return SimpleNamespace(load_q8=load_q8, store_p=store_p, qk_side=qk_side, ask_qk=ask_qk, await_qk=await_qk, qk_block=qk_block,
                            pv_smem=pv_smem, add_own_pv=add_own_pv, add_other_pv=add_other_pv, release=release, wait_all=wait_all,
-                           wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence)
+                           wait_all_but_1=wait_all_but_1, o_fence=o_fence, s_fence=s_fence, descriptor=descriptor, K_MAJOR=K_MAJOR,
+                           SIDE_K_MAJOR=SIDE_K_MAJOR, SIDE_MN_MAJOR=SIDE_MN_MAJOR, NEXT_K_TILE=NEXT_K_TILE, NEXT_ROWS=NEXT_ROWS)

@@ -50,8 +50,9 @@ OTHER_REGISTERS = 4 * STRIPS_AT_ONCE
 STAGE_STRIPS, STAGE_ROWS = 8, 8
 STAGE_ROW_BYTES = 16 * STAGE_STRIPS
 STAGE_BYTES = STAGE_ROWS * STAGE_ROW_BYTES
-# A warp's part of a piece: whether it has the last word on its rows, and does not leave them in its slot; this thread's first row, and how
-# many the request has; where the warp's counter, O and state are, 0 if the piece is the whole job, or the warp has no row of it.
+# A warp's part of a piece: whether it has the last word on its rows, and does not leave them in its slot; this thread's first row (of few
+# rows the lane's), and how many the request has; where the warp's counter, O and state are, 0 if the piece is the whole job, or the warp
+# has no row of it.
 Part = namedtuple("Part", "is_last row rows_of_request counter o state")
 # Of a pair's counter: both warps have claimed it, and the first has announced what it wrote.
 ANNOUNCED = 3

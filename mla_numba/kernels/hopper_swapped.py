@@ -20,7 +20,6 @@ from numba.cuda import types
 
 from .. import ptx
 from .hopper_config import (
-    ATOM_BYTES,
     BLOCK_N,
     FULL_SMEM,
     K_STEPS,
@@ -46,13 +45,20 @@ from .hopper_config import (
     HopperConfig,
     inline,
 )
-from .hopper_products import NEXT_COLUMNS, make_release
+from .hopper_products import NEXT_COLUMNS
 from .hopper_stream import K_SMEM, P_STORED, SCALE_SMEM, V_BEGIN, walk_blocks
 
 i32, u32, u64, f32 = np.int32, np.uint32, np.uint64, np.float32
 
 
-def make_swapped(config: HopperConfig, softmax: SimpleNamespace, release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+@inline
+def row_of(lane, i):
+    """A thread's row i."""
+    return (lane & u32(3)) * u32(2) + u32(8 * (i // 2) + i % 2)
+
+
+def make_swapped(config: HopperConfig, products: SimpleNamespace, softmax: SimpleNamespace,
+                 release_q: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     """(begin_o, clear_o, attend_even, attend_odd, exchange_sums): O at a piece's begin, and of one without blocks; what warpgroup 0 and
     what warpgroup 1 does of a piece, and both at its end."""
     NUM_ROWS = config.num_rows
@@ -62,18 +68,14 @@ def make_swapped(config: HopperConfig, softmax: SimpleNamespace, release_q: Call
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
     wgmma_qk = ptx.make_wgmma(NUM_ROWS, config.dtype)
     wgmma_pv = ptx.make_wgmma(NUM_ROWS, config.dtype, a_transposed=True)
-    wait_all = ptx.make_wgmma_wait_group(0)
+    wait_all, release = products.wait_all, products.release
     tile_fence, tile_begin = ptx.make_registers_fence(TILE_FLOATS), ptx.make_registers_begin(TILE_FLOATS)
-    # Of Q and P; of a side of a block as K and as V.
-    K_MAJOR = u64(ptx.matrix_descriptor(ATOM_BYTES))
-    SIDE_K_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side))) for side in range(2))
-    SIDE_M_MAJOR = tuple(u64(ptx.matrix_descriptor(config.next_atom_bytes(side), config.next_tile_bytes)) for side in range(2))
-    NEXT_Q_TILE, NEXT_K_TILE = config.q_tile_bytes >> 4, config.next_tile_bytes >> 4
-    NEXT_TOKENS = tuple(2 * config.next_atom_bytes(side) >> 4 for side in range(2))
+    # A transposed A's form is a transposed B's.
+    descriptor, K_MAJOR, SIDE_K_MAJOR, SIDE_MN_MAJOR = products.descriptor, products.K_MAJOR, products.SIDE_K_MAJOR, products.SIDE_MN_MAJOR
+    NEXT_Q_TILE, NEXT_K_TILE, NEXT_TOKENS = config.q_tile_bytes >> 4, products.NEXT_K_TILE, products.NEXT_ROWS
     # Where a side of a block begins.
     SIDE_OFFSET = tuple(begin * TILE_BYTES >> 4 for begin in SIDE_BEGIN)
     piece_words, visible_to, zero_tail, lagging_max = softmax.piece_words, softmax.visible_to, softmax.zero_tail, softmax.lagging_max
-    release = make_release(config)
 
     @inline
     def o_fence(o_rmem):
@@ -95,15 +97,6 @@ def make_swapped(config: HopperConfig, softmax: SimpleNamespace, release_q: Call
         """O = 0."""
         for i in range(TILE_FLOATS):
             o_rmem.t0[i], o_rmem.t1[i], o_rmem.t2[i], o_rmem.t3[i] = f32(0), f32(0), f32(0), f32(0)
-
-    @inline
-    def descriptor(form, address):
-        return form | u64(u32(address) >> u32(4))
-
-    @inline
-    def row_of(lane, i):
-        """The thread's row i."""
-        return (lane & u32(3)) * u32(2) + u32(8 * (i // 2) + i % 2)
 
     @inline
     def load_rows(values, address):
@@ -143,7 +136,7 @@ def make_swapped(config: HopperConfig, softmax: SimpleNamespace, release_q: Call
     def add_pv(o_rmem, base, buffer, wg, lane, accumulate):
         """O^T (+)= V^T P^T of this warpgroup's columns of a block, whose side of V is free then."""
         p_desc = descriptor(K_MAJOR, base + u32(P_SMEM[buffer]))
-        v_desc = descriptor(SIDE_M_MAJOR[wg], base + u32(K_SMEM[buffer] + V_BEGIN[wg]))
+        v_desc = descriptor(SIDE_MN_MAJOR[wg], base + u32(K_SMEM[buffer] + V_BEGIN[wg]))
         o_fence(o_rmem)
         ptx.wgmma_fence()
         for k in range(K_STEPS):

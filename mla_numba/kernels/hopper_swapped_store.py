@@ -29,6 +29,7 @@ from .hopper_config import (
     inline,
 )
 from .hopper_store import Part
+from .hopper_swapped import row_of
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
@@ -46,7 +47,7 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
     @inline
     def of_row(value, lane, i):
         """What the lane of this thread's row i has."""
-        return cuda.shfl_sync(0xFFFFFFFF, value, i32((lane & u32(3)) * u32(2) + u32(8 * (i // 2) + i % 2)))
+        return cuda.shfl_sync(0xFFFFFFFF, value, i32(row_of(lane, i)))
 
     @inline
     def add_tile(tile_rmem, other_o, weights_rmem, others_rmem, is_second):
