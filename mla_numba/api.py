@@ -69,7 +69,7 @@ def _prepared_calls(*_plan: Any) -> "list[_PreparedCall]":
 def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_heads_kv: int = 1, page_size: int = 64,
                 head_dim_qk: int = HEAD_DIM_QK, head_dim_v: int = HEAD_DIM_V, dtype: str = "bfloat16", causal: bool = True,
                 cu_seqlens_q: Any = None, total_q: int | None = None, batch_invariant: bool = False, backend: str = "auto",
-                num_workers: int | None = None, stream: Any = None) -> Plan:
+                num_workers: int | None = None, max_seq_len: int | None = None, stream: Any = None) -> Plan:
     """Cut a batch over the workers of a backend, once for all layers of a decoding step.
 
     Parameters
@@ -88,6 +88,10 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
         Rows of the ragged q. Without it the last entry of `cu_seqlens_q` is read, which on a device waits for it.
     num_workers : int, optional
         Workers to cut for, instead of what fills the machine. The result differs by rounding only.
+    max_seq_len : int, optional
+        No request has more tokens. Without it nobody on the host knows, as lengths on a device are read there; with it short calls are cut
+        in a way that suits them (up to 40% less time with `hopper`). A longer request is attended all the same, if not as fast, and the
+        result differs by rounding only.
 
     Returns
     -------
@@ -131,9 +135,11 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
                         validate.require_flag(causal, "causal"), validate.require_flag(batch_invariant, "batch_invariant"))
     if num_workers is not None:
         num_workers = validate.require_count(num_workers, "num_workers")
+    if max_seq_len is not None:
+        max_seq_len = validate.require_count(max_seq_len, "max_seq_len", least=0)
     name = choose_backend(backend, shape, lens.device)
     with on_device(lens.device):
-        return make_plan(name, shape, lens, cu_seqlens, stream, num_workers=num_workers)
+        return make_plan(name, shape, lens, cu_seqlens, stream, max_seq_len, num_workers=num_workers)
 
 
 def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_dim_v: int = HEAD_DIM_V,
@@ -413,9 +419,9 @@ class _Memory:
 
 
 def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: Any,
-              **overrides: int | None) -> Plan:
+              max_seq_len: int | None = None, **overrides: int | None) -> Plan:
     """A plan from arguments that have been validated, on the current device; `overrides` as `_scheduler`'s."""
-    make_schedule = _scheduler(name, shape, seq_lens, stream, **overrides)
+    make_schedule = _scheduler(name, shape, seq_lens, stream, max_seq_len, **overrides)
     lengths = [seq_lens] if cu_seqlens_q is None else [seq_lens, cu_seqlens_q]
     return Plan(name, shape, seq_lens.device, make_schedule(lengths, stream_handle(stream, seq_lens.kind, seq_lens.device)))
 
@@ -424,14 +430,15 @@ def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: 
 _Scheduler = Callable[[Sequence[ArrayView], int], Schedule]
 
 
-def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, **overrides: int | None) -> _Scheduler:
+def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_seq_len: int | None = None,
+               **overrides: int | None) -> _Scheduler:
     """For lengths in the place of `like`, of which it holds on to nothing, and the stream that the caller named.
 
     `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice.
     """
     module: ModuleType = backend_module(name)
     changes: dict[str, Any] = {field_name: value for field_name, value in overrides.items() if value is not None}
-    config = replace(module.schedule_config(shape), **changes)
+    config = replace(module.schedule_config(shape, max_seq_len=max_seq_len), **changes)
     # What torch and CuPy are given back they give to the next who asks on the stream that was current, and on no other one.
     new_words = device_words(like, by_its_library=stream is None)
 

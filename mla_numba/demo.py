@@ -220,7 +220,7 @@ def _decoder(q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_l
     if on_gpu:
         arrays = [cuda.to_device(array.view(STORAGE_DTYPE[str(array.dtype)])) for array in arrays]
     plan = plan_decode(arrays[3], num_heads_q=args.heads, seq_len_q=args.seq_len_q, page_size=args.page_size, dtype=args.dtype,
-                       backend=backend)
+                       backend=backend, max_seq_len=int(seq_lens.max(initial=0)))
     return lambda: mla_decode(*arrays, plan=plan, backend=backend)
 
 

@@ -237,7 +237,7 @@ def _our_contenders(run: Run, inputs: Inputs, gate: Gate) -> dict[str, Contender
         return mla_numba.plan_decode(
             inputs.seq_lens, num_heads_q=case.num_heads_q, seq_len_q=case.seq_len_q, num_heads_kv=case.num_heads_kv,
             page_size=case.page_size, head_dim_qk=case.head_dim_qk, head_dim_v=case.head_dim_v, dtype=case.dtype, causal=case.causal,
-            backend=run.backend, num_workers=case.num_workers)
+            backend=run.backend, num_workers=case.num_workers, max_seq_len=max(case.seq_lens))
 
     def decode(plan: Any) -> tuple[Any, Any]:
         return mla_numba.mla_decode(*inputs.arrays, head_dim_v=case.head_dim_v, causal=case.causal, plan=plan, backend=run.backend)

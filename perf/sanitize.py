@@ -1,7 +1,8 @@
 """Runs small decodes of a backend under NVIDIA's compute-sanitizer: `python -m perf.sanitize [--backend simt] [--tools memcheck ...]`.
 
 The checker slows a kernel by one or two orders of magnitude, so the shapes are as small as they can be and still take every path: empty
-requests, part-filled pages and row tiles, several queries, a split with its merge. Results are checked against float64 as well.
+requests, part-filled pages and row tiles, few rows, several queries, a split with its merge, by the merge kernel and by the later of two
+workers. Results are checked against float64 as well.
 """
 
 import argparse
@@ -15,13 +16,18 @@ from typing import Any
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
-def shapes() -> list[Any]:
+def shapes() -> list[tuple[Any, int | None]]:
+    """Cases, and how many workers they are cut for; None: as many as fill the machine."""
     from verify.cases import MLACase
 
-    return [MLACase(seq_lens=(0, 1, 65, 130), num_heads_q=16, pages="shuffled"),
-            MLACase(seq_lens=(700, 3), num_heads_q=3, seq_len_q=2, page_size=16, pages="shuffled"),
-            MLACase(seq_lens=(1500,), num_heads_q=64, dtype="float16"),
-            MLACase(seq_lens=(600, 40), num_heads_q=128, pages="shuffled")]
+    return [(MLACase(seq_lens=(0, 1, 65, 130), num_heads_q=16, pages="shuffled"), None),
+            (MLACase(seq_lens=(700, 3), num_heads_q=3, seq_len_q=2, page_size=16, pages="shuffled"), None),
+            (MLACase(seq_lens=(380, 700), num_heads_q=16, dtype="float16"), 2),
+            (MLACase(seq_lens=(500, 90), num_heads_q=16, seq_len_q=2, page_size=32), None),
+            (MLACase(seq_lens=(0, 130, 65), num_heads_q=40, pages="shuffled"), None),
+            (MLACase(seq_lens=(1500,), num_heads_q=64, dtype="float16"), None),
+            (MLACase(seq_lens=(380, 700), num_heads_q=64), 2),
+            (MLACase(seq_lens=(600, 40), num_heads_q=128, pages="shuffled"), None)]
 
 
 def decode_all(backend: str) -> None:
@@ -30,9 +36,10 @@ def decode_all(backend: str) -> None:
     from verify.targets import ours
 
     target = ours(backend)
-    for case in shapes():
+    for case, num_workers in shapes():
         inputs = case.build()
-        out, lse = target(inputs)
+        knobs = {"plan": target.plan(inputs, num_workers)} if num_workers and target.plan else {}
+        out, lse = target(inputs, **knobs)
         want_out, want_lse, out_bound, lse_bound = inputs.bounds()
         worst = max(assert_within("out", out, want_out, out_bound), assert_within("lse", lse, want_lse, lse_bound))
         print(f"{case}: error {worst:.2f} of the bound", flush=True)

@@ -14,6 +14,9 @@ from verify.targets import KNOBS, Target
 
 TILE = 8
 INVARIANT_TILES = 2
+DEFAULT_WORKERS = 3
+# A number of workers, and the tokens of the longest request, if they were told.
+_Plan = tuple[int, int | None]
 
 MUTANTS = {
     "one token too many": "equals_float64",
@@ -56,6 +59,7 @@ MUTANTS = {
     "merge without weights": "split_count",
     "merge drops a piece": "split_count",
     "merge counts pieces that saw nothing": "split_count",
+    "nothing past the longest request that the plan was told": "longest_request",
     "merge in any order": "reruns",
     "pieces follow the batch": "batch_invariant",
     "empty rows not written": "empty_rows",
@@ -73,8 +77,9 @@ def mutant(bug: str = "") -> Target:
     if bug and bug not in MUTANTS:
         raise ValueError(f"bug={bug!r} must be one of {', '.join(map(repr, MUTANTS))}")
     decode = _Decode(bug)
-    return Target(bug or "healthy", decode, ("small",), KNOBS, lambda inputs, workers, batch_invariant=False: workers, decode.merge_states,
-                  python=f"verify.mutants.mutant({bug!r})")
+    return Target(bug or "healthy", decode, ("small",), KNOBS,
+                  lambda inputs, num_workers=None, batch_invariant=False, max_seq_len=None: (num_workers or DEFAULT_WORKERS, max_seq_len),
+                  decode.merge_states, python=f"verify.mutants.mutant({bug!r})")
 
 
 def _weight(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
@@ -83,7 +88,7 @@ def _weight(x: np.ndarray, largest: np.ndarray) -> np.ndarray:
 
 
 class _Decode:
-    """`plan` is a number of workers. Where a bug would be written, `self.bug` is asked for it."""
+    """Where a bug would be written, `self.bug` is asked for it."""
 
     def __init__(self, bug: str):
         self.bug = bug
@@ -91,8 +96,9 @@ class _Decode:
         self.state = (np.zeros((0, 0), np.float32),) * 3
 
     def __call__(self, q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, head_dim_v: int,
-                 softmax_scale: float | None, causal: bool, *, cu_seqlens_q: np.ndarray | None = None, plan: int = 3,
-                 out: Any = None, lse: Any = None, batch_invariant: bool = False, empty_lse: str = "+inf") -> tuple[Any, Any]:
+                 softmax_scale: float | None, causal: bool, *, cu_seqlens_q: np.ndarray | None = None,
+                 plan: _Plan = (DEFAULT_WORKERS, None), out: Any = None, lse: Any = None, batch_invariant: bool = False,
+                 empty_lse: str = "+inf") -> tuple[Any, Any]:
         bug = self.bug
         inputs = Inputs(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, cu_seqlens_q)
         if softmax_scale is None:
@@ -109,8 +115,11 @@ class _Decode:
         if bug == "given outputs written as if contiguous":
             out = np.lib.stride_tricks.as_strided(out, out.shape, np.empty_like(out, order="C", subok=False).strides)
 
+        num_workers, max_seq_len = plan
         lengths = [int(n) if bug == "negative length not clamped" else max(int(n), 0) for n in seq_lens]
-        piece = max(ceil_div(sum(ceil_div(abs(n), TILE) for n in lengths), plan), 1)
+        if bug == "nothing past the longest request that the plan was told" and max_seq_len is not None:
+            lengths = [min(n, max_seq_len) for n in lengths]
+        piece = max(ceil_div(sum(ceil_div(abs(n), TILE) for n in lengths), num_workers), 1)
         if batch_invariant and bug != "pieces follow the batch":
             piece = INVARIANT_TILES
         for request in range(inputs.batch):

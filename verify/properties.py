@@ -124,6 +124,19 @@ def split_count(target: Target, case: MLACase) -> float:
     return max(_same_rows(cut, first, bounds, f"{workers} workers: ") for workers, cut in zip(WORKERS[1:], others, strict=True))
 
 
+@_property(SPLITS)
+def longest_request(target: Target, case: MLACase) -> float:
+    """With a plan that was told the longest request, or that there are only short ones, every element is within its bound of the oracle."""
+    inputs = case.build()
+    out, lse, out_bound, lse_bound = inputs.bounds()
+    lse[lse == np.inf] = target.empty_lse
+    worst = 0.0
+    for max_seq_len in (int(inputs.seq_lens.max(initial=0)), 1):
+        got_out, got_lse = target(inputs, plan=target.plan(inputs, max_seq_len=max_seq_len))
+        worst = max(worst, assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
+    return worst
+
+
 @_property(ragged=False)
 def merge_of_halves(target: Target, case: MLACase) -> float:
     """Decoding two halves of the tokens and merging by lse gives the whole."""
@@ -234,7 +247,7 @@ def given_outputs(target: Target, case: MLACase) -> float:
 
 @_property(BATCH_INVARIANT)
 def batch_invariant(target: Target, case: MLACase) -> float:
-    """Under batch_invariant a request's bits are the same alone, at any place in any batch, and (with plans) for any number of workers."""
+    """Under batch_invariant a request's bits are the same alone, at any place in any batch, and (with plans) however it is cut."""
     inputs = case.build()
     out, lse = inputs.rows(*target(inputs, batch_invariant=True))
     worst = _same_rows((out, lse), inputs.rows(*target(inputs)), inputs.rows(*inputs.bounds()[2:]), "batch_invariant against not: ")
@@ -245,9 +258,10 @@ def batch_invariant(target: Target, case: MLACase) -> float:
     larger, rows = inputs.take(order), inputs.taken_rows(order)
     assert_same_results(larger.rows(*target(larger, batch_invariant=True)), (out[rows], lse[rows]), "being in a larger batch")
     if SPLITS in target.knobs:
-        for workers in WORKERS[1:]:
-            plan = target.plan(inputs, workers, batch_invariant=True)
-            assert_same_results(inputs.rows(*target(inputs, batch_invariant=True, plan=plan)), (out, lse), f"cutting for {workers} workers")
+        for workers, max_seq_len in (*((workers, None) for workers in WORKERS[1:]), (None, 1)):
+            plan = target.plan(inputs, workers, batch_invariant=True, max_seq_len=max_seq_len)
+            assert_same_results(inputs.rows(*target(inputs, batch_invariant=True, plan=plan)), (out, lse),
+                                f"cutting for {workers} workers, or for requests of {max_seq_len} token")
     return worst
 
 

@@ -129,14 +129,14 @@ def ours(backend: str, *, arrays: str | None = None) -> Target:
         except mla_numba.BackendUnavailable as error:
             raise NotImplementedError(str(error)) from error
 
-    def plan(inputs: Inputs, num_workers: int, batch_invariant: bool = False) -> Any:
+    def plan(inputs: Inputs, num_workers: int | None = None, batch_invariant: bool = False, max_seq_len: int | None = None) -> Any:
         cu_seqlens_q = to_kind(inputs.cu_seqlens_q, arrays)
         try:
             return mla_numba.plan_decode(
                 to_kind(inputs.seq_lens, arrays), num_heads_q=inputs.q.shape[-2], seq_len_q=1 if inputs.ragged else inputs.q.shape[1],
                 num_heads_kv=inputs.kv_cache.shape[2], page_size=inputs.kv_cache.shape[1], head_dim_qk=inputs.q.shape[-1],
                 head_dim_v=inputs.head_dim_v, dtype=inputs.dtype, causal=inputs.causal, cu_seqlens_q=cu_seqlens_q, backend=backend,
-                batch_invariant=batch_invariant, num_workers=num_workers)
+                batch_invariant=batch_invariant, num_workers=num_workers, max_seq_len=max_seq_len)
         except mla_numba.BackendUnavailable as error:
             raise NotImplementedError(str(error)) from error
 
@@ -163,12 +163,13 @@ def emulated(seed: int = 0) -> Target:
     def decode(*arguments: Any, **knobs: Any) -> tuple[np.ndarray, np.ndarray]:
         return device.decode(*arguments, **knobs, device=device.EmulatedGpu(next(seeds)))
 
-    def plan(inputs: Inputs, num_workers: int, batch_invariant: bool = False) -> Schedule:
+    def plan(inputs: Inputs, num_workers: int | None = None, batch_invariant: bool = False, max_seq_len: int | None = None) -> Schedule:
         offsets = None if inputs.cu_seqlens_q is None else view(inputs.cu_seqlens_q, "cu_seqlens_q")
         arrays = (inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens)
         views = [view(array, name) for array, name in zip(arrays, ("q", "kv_cache", "block_table", "seq_lens"), strict=True)]
         shape = validate.decode_shape(*views, offsets, inputs.head_dim_v, inputs.causal, batch_invariant)
-        return device.make_schedule(shape, inputs.seq_lens, inputs.cu_seqlens_q, 2, num_workers=num_workers)
+        changes = {} if num_workers is None else {"num_workers": num_workers}
+        return device.make_schedule(shape, inputs.seq_lens, inputs.cu_seqlens_q, 2, max_seq_len, **changes)
 
     return Target("emulated", decode, ("emulated",), KNOBS - {MERGE}, plan, python=f"verify.targets.emulated({seed})", options="--emulated")
 

@@ -15,7 +15,7 @@ if cuda.config.ENABLE_CUDASIM:
 
 # After the skip: the simulator lacks what they import.
 from mla_numba.config import DecodeShape  # noqa: E402
-from mla_numba.host import gpu, hopper  # noqa: E402
+from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
@@ -135,25 +135,25 @@ def test_caches_that_tma_cannot_read_have_a_reason(pointer, strides, fits):
 @pytest.mark.parametrize(("rows", "team"), [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 4), (320, 3), (512, 4)])
 def test_team_keeps_all_sms_busy(rows, team):
     """Of an H200's 132."""
-    assert hopper.team_size(-(-rows // 64), 1, 132) == team
+    assert hopper_cut.team_size(-(-rows // 64), 1, 132) == team
 
 
 @pytest.mark.parametrize(("kv_heads", "team"), [(1, 2), (2, 2), (66, 2), (200, 2)])
 def test_team_with_kv_heads(kv_heads, team):
-    assert hopper.team_size(2, kv_heads, 132) == team
+    assert hopper_cut.team_size(2, kv_heads, 132) == team
 
 
 @pytest.mark.parametrize(("requests", "heads", "kv_heads", "blocks"), [
     (32, 16, 1, 5), (65, 64, 1, 5), (66, 64, 1, 3), (256, 16, 1, 3), (33, 32, 2, 3), (1, 65, 1, 4), (256, 128, 1, 4)])
 def test_what_a_piece_costs_follows_from_row_tiles_and_requests(requests: int, heads: int, kv_heads: int, blocks: int) -> None:
     shape = _shape(batch=requests, total_q=requests, num_heads_q=heads, num_heads_kv=kv_heads)
-    assert hopper.schedule_config(shape, 132).overhead_blocks == blocks
+    assert hopper_cut.schedule_config(shape, 132).overhead_blocks == blocks
 
 
 @pytest.mark.parametrize(("heads", "seq_len_q", "blocks"), [(16, 1, 1), (64, 1, 1), (16, 4, 1), (65, 1, 2), (128, 1, 2), (64, 2, 2)])
 def test_one_block_is_a_piece_only_where_one_row_tile_reads(heads: int, seq_len_q: int, blocks: int) -> None:
     shape = _shape(seq_len_q=seq_len_q, total_q=seq_len_q, num_heads_q=heads)
-    assert hopper.schedule_config(shape, 132).min_split_blocks == blocks
+    assert hopper_cut.schedule_config(shape, 132).min_split_blocks == blocks
 
 
 @pytest.mark.parametrize(("heads", "seq_len_q", "kv_heads", "tiles"), [
@@ -161,23 +161,61 @@ def test_one_block_is_a_piece_only_where_one_row_tile_reads(heads: int, seq_len_
     (33, 1, 1, (1, 64)), (11, 3, 1, (1, 64)), (64, 1, 1, (1, 64)), (65, 1, 1, (2, 64)), (128, 2, 1, (4, 64))])
 def test_tiles_have_as_many_rows_as_a_request(heads: int, seq_len_q: int, kv_heads: int, tiles: tuple[int, int]) -> None:
     shape = _shape(seq_len_q=seq_len_q, total_q=seq_len_q, num_heads_q=heads, num_heads_kv=kv_heads)
-    config = hopper.schedule_config(shape, 132)
-    assert hopper.tiles_of(config) == tiles and config.rows_per_job == tiles[0] * tiles[1]
-    assert hopper.is_for_kernels(config)
+    config = hopper_cut.schedule_config(shape, 132)
+    assert hopper_cut.tiles_of(config) == tiles and config.rows_per_job == tiles[0] * tiles[1]
+    assert hopper_cut.is_for_kernels(config)
 
 
 @pytest.mark.parametrize("heads", [1, 16, 32])
 def test_tiles_of_a_ragged_batch_have_64_rows(heads: int) -> None:
     """A request may have more rows than another."""
-    config = hopper.schedule_config(_shape(batch=2, seq_len_q=0, total_q=3, num_heads_q=heads), 132)
-    assert hopper.tiles_of(config) == (1, 64)
+    config = hopper_cut.schedule_config(_shape(batch=2, seq_len_q=0, total_q=3, num_heads_q=heads), 132)
+    assert hopper_cut.tiles_of(config) == (1, 64)
+
+
+@pytest.mark.parametrize(("requests", "queries", "heads", "kv_heads", "max_seq_len", "tiles", "workers"), [
+    # Three blocks of 16 rows for each of 132 SMs: 49 of 128 heads.
+    (1, 1, 128, 1, 49 * 64, (1, 16), 106), (1, 1, 128, 1, 49 * 64 + 1, (2, 64), 33), (1, 1, 128, 1, 1024, (1, 16), 66),
+    (4, 1, 128, 2, 768, (1, 16), 53), (4, 1, 128, 2, 769, (1, 64), 33), (1, 2, 128, 1, 1024, (1, 16), 106),
+    (1, 1, 64, 1, 1024, (1, 16), 66),
+    # Jobs that nobody will cut: a worker each.
+    (1, 1, 128, 1, 320, (1, 16), 8), (1, 1, 128, 1, 0, (1, 16), 8), (33, 1, 128, 1, 320, (2, 64), 33), (100, 1, 128, 1, 320, (2, 64), 66),
+    (16, 1, 128, 1, 320, (1, 16), 128), (17, 1, 128, 1, 64, (2, 64), 17),
+    (90, 1, 16, 1, 320, (1, 16), 90), (150, 1, 16, 1, 320, (1, 16), 132),
+    # Half of them where each would have four blocks, two of one row tile, one of 16 rows.
+    (4, 1, 128, 1, 66 * 64, (2, 64), 33), (4, 1, 128, 1, 66 * 64 + 1, (2, 64), 64), (40, 1, 128, 1, 384, (2, 64), 40),
+    (4, 1, 64, 1, 66 * 64, (1, 64), 66), (4, 1, 64, 1, 66 * 64 + 1, (1, 64), 128), (1, 2, 16, 1, 16384, (1, 32), 66),
+    (22, 1, 16, 1, 384, (1, 16), 66), (1, 1, 16, 1, 8192, (1, 16), 66), (1, 1, 16, 1, 8449, (1, 16), 106),
+    # All, or all but some.
+    (33, 1, 16, 1, 4096, (1, 16), 106), (33, 1, 16, 1, 4097, (1, 16), 132), (34, 1, 16, 1, 2048, (1, 16), 132),
+    (33, 1, 64, 1, 4096, (1, 64), 128), (34, 1, 64, 1, 4096, (1, 64), 132), (8, 2, 128, 1, 65536, (4, 64), 32)])
+def test_short_calls_are_cut_as_suits_them(requests: int, queries: int, heads: int, kv_heads: int, max_seq_len: int, tiles: tuple[int, int],
+                                           workers: int) -> None:
+    shape = _shape(batch=requests, seq_len_q=queries, total_q=requests * queries, num_heads_q=heads, num_heads_kv=kv_heads)
+    config = hopper_cut.schedule_config(shape, 132, max_seq_len)
+    assert (hopper_cut.tiles_of(config), config.num_workers) == (tiles, workers)
+    assert hopper_cut.is_for_kernels(config)
+
+
+@pytest.mark.parametrize(("requests", "heads", "workers"), [
+    (1, 16, 106), (33, 16, 106), (34, 16, 132), (1, 64, 128), (16, 128, 64), (17, 128, 66)])
+def test_where_nobody_knows_the_lengths_the_merge_kernel_has_sms(requests: int, heads: int, workers: int) -> None:
+    shape = _shape(batch=requests, total_q=requests, num_heads_q=heads)
+    assert hopper_cut.schedule_config(shape, 132).num_workers == workers
+
+
+@pytest.mark.parametrize("changes", [dict(batch_invariant=True), dict(seq_len_q=0, total_q=3)], ids=str)
+def test_the_longest_request_changes_no_tiles(changes: dict[str, int]) -> None:
+    """Other tiles are other bits; and of a ragged batch the host knows too little."""
+    shape = _shape(batch=2, **changes)
+    assert hopper_cut.schedule_config(shape, 132, 1).rows_per_job == hopper_cut.schedule_config(shape, 132).rows_per_job == 128
 
 
 @pytest.mark.parametrize(("rows", "there_are"), [
     (8, False), (16, True), (32, True), (48, False), (64, True), (96, False), (128, True), (256, True), (320, False)])
 def test_jobs_of_some_numbers_of_rows_have_kernels(rows: int, there_are: bool) -> None:
     """A plan that is only looked at (flash_mla) may have any."""
-    assert hopper.is_for_kernels(replace(hopper.schedule_config(_shape(), 132), rows_per_job=rows)) == there_are
+    assert hopper_cut.is_for_kernels(replace(hopper_cut.schedule_config(_shape(), 132), rows_per_job=rows)) == there_are
 
 
 def test_arguments_are_packed_as_the_kernels_read_them():

@@ -25,7 +25,7 @@ if cuda.config.ENABLE_CUDASIM:
 # After the skip: the simulator lacks what they import.
 from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, mla_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
-from mla_numba.host import gpu, hopper  # noqa: E402
+from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
@@ -142,7 +142,8 @@ class _Run:
         monkeypatch.setattr(gpu, "cuda", SimpleNamespace(
             gpus=[_Machine(self.driver)],
             to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
-        monkeypatch.setattr(hopper, "cuda", SimpleNamespace(gpus=[_Machine(self.driver)], get_current_device=lambda: SimpleNamespace(id=0)))
+        monkeypatch.setattr(hopper_cut, "cuda", SimpleNamespace(
+            gpus=[_Machine(self.driver)], get_current_device=lambda: SimpleNamespace(id=0)))
         monkeypatch.setattr(gpu, "load_kernels", lambda specs, device_idx: specs)
         self.encoded: list[tuple] = []
         monkeypatch.setattr(gpu, "encode", lambda *key: self.encoded.append(key) or hash(key).to_bytes(128, "little", signed=True))
@@ -165,7 +166,7 @@ class _Run:
     def make_plan(self, base=2**30):
         shape = DecodeShape(_BATCH, 1, _BATCH, _HEADS, 1, 576, 512, 64, "bfloat16", causal=True, batch_invariant=False)
         addresses = {name: base + i * 4096 for i, name in enumerate(("jobs", "workers", "starts", "merges", "totals"))}
-        return Plan("hopper", shape, 0, Schedule(hopper.schedule_config(shape, 132), None, {}, addresses, num_slots=8))
+        return Plan("hopper", shape, 0, Schedule(hopper_cut.schedule_config(shape, 132), None, {}, addresses, num_slots=8))
 
     def __call__(self, arrays=None, plan=None, planned=True, **options):
         """(results, launches, copies) of a call."""

@@ -61,7 +61,7 @@ def unsupported(shape: DecodeShape) -> list[str]:
     return []
 
 
-def schedule_config(shape: DecodeShape) -> ScheduleConfig:
+def schedule_config(shape: DecodeShape, max_seq_len: int | None = None) -> ScheduleConfig:
     rows = (shape.total_q if shape.ragged else shape.seq_len_q) * shape.heads_per_kv
     return ScheduleConfig(rows_per_job=max(1, min(rows, _MAX_ROWS_PER_JOB)), block_n=_BLOCK_N, num_workers=numba.get_num_threads(),
                           overhead_blocks=1, min_split_blocks=1,

@@ -10,9 +10,11 @@ import numpy as np
 from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
-from ..contract import HEAD_DIM_QK, HEAD_DIM_V, INVARIANT_SPLIT_TOKENS, LOG2_E
+from ..contract import HEAD_DIM_QK, HEAD_DIM_V, LOG2_E
 from ..scheduler import MERGE_MAX_SHARES
 from . import simt
+from .hopper_cut import is_for_kernels, tiles_of
+from .hopper_cut import schedule_config as schedule_config
 from .launch import ArrayMemory, KernelSpec, Strided, array_words
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
@@ -23,18 +25,6 @@ if TYPE_CHECKING:
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
 TAKES_DESCRIPTIONS = True
-# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
-# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces,
-# H200).
-_OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS, _UNCUT_BLOCKS = 4, 2, 5
-# The same where one row tile reads the cache. One block is worth a piece there (up to 9% less on short calls, 1% more on some long ones;
-# with 128 heads 23% more on 4 requests of 1,024 tokens, H200).
-_OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 5, 1
-# And where its requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for memory, and to begin a
-# piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32 (H200).
-_OVERHEAD_BLOCKS_AT_MEMORY = 3
-# Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
-_MAX_TEAM = 4
 # Tensor maps that a prepared launch finds by the address alone, and workspaces that it finds by the stream alone; `Device` has them all.
 _MAX_KEPT = 256
 # ex2.approx flushes smaller ones, and 0 times the infinity that hides a token would be no number.
@@ -75,51 +65,6 @@ def unsupported_layout(kv_cache: ArrayMemory) -> list[str]:
     if kv_cache.pointer % 16 or any(stride % 16 or stride < 0 for stride in kv_cache.strides[:-1]):
         return ["kv_cache: TMA needs its first element and all strides at multiples of 16 bytes"]
     return []
-
-
-def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
-    """Row tiles that a worker attends together: as fills the machine best, and at least two where there are two."""
-    def use(team: int) -> float:
-        workers = num_sms // (team * num_kv_heads)
-        return workers * team * num_kv_heads / num_sms * row_tiles / (ceil_div(row_tiles, team) * team)
-
-    return max(range(min(row_tiles, 2), min(row_tiles, _MAX_TEAM) + 1), key=lambda team: (use(team), team))
-
-
-def schedule_config(shape: DecodeShape, num_sms: int | None = None) -> ScheduleConfig:
-    """For the current device, or for one of so many SMs."""
-    from ..kernels.hopper_config import BLOCK_M, BLOCK_N, SWAPPED_ROWS
-
-    if num_sms is None:
-        num_sms = cuda.gpus[_device_idx()].MULTIPROCESSOR_COUNT
-    num_rows = max(shape.seq_len_q, 1) * shape.heads_per_kv
-    team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
-    overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS
-    if team == 1:
-        overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
-        if 2 * shape.batch * shape.num_heads_kv >= num_sms:
-            overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
-    rows_per_job = team * BLOCK_M
-    if not shape.ragged:
-        # Of a ragged batch a request may have more.
-        rows_per_job = min([rows for rows in SWAPPED_ROWS if num_rows <= rows], default=rows_per_job)
-    return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, num_workers=max(1, num_sms // (team * shape.num_heads_kv)),
-                          overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks, uncut_blocks=_UNCUT_BLOCKS,
-                          split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
-
-
-def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
-    """(Row tiles of a job, rows of a tile)."""
-    from ..kernels.hopper_config import BLOCK_M
-
-    return ceil_div(config.rows_per_job, BLOCK_M), min(config.rows_per_job, BLOCK_M)
-
-
-def is_for_kernels(config: ScheduleConfig) -> bool:
-    """Whether there are kernels for jobs of so many rows."""
-    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
-
-    return config.rows_per_job in SWAPPED_ROWS or config.rows_per_job in range(BLOCK_M, _MAX_TEAM * BLOCK_M + 1, BLOCK_M)
 
 
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMemory, cu_seqlens_q: ArrayMemory | None, stream: int,

@@ -92,7 +92,7 @@ def unsupported(shape: DecodeShape) -> list[str]:
     return []
 
 
-def schedule_config(shape: DecodeShape) -> ScheduleConfig:
+def schedule_config(shape: DecodeShape, max_seq_len: int | None = None) -> ScheduleConfig:
     config = _config(shape)
     num_sms, _, smem_of_sm = _device_limits(_device_idx())
     split_tokens = 2 * config.block_n if SIMULATOR else INVARIANT_SPLIT_TOKENS

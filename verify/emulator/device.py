@@ -163,8 +163,9 @@ def decode(q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_len
     return out, lse
 
 
-def make_schedule(shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None, num_sms: int, **changes: int) -> Schedule:
+def make_schedule(shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None, num_sms: int, max_seq_len: int | None = None,
+                  **changes: int) -> Schedule:
     """The tables that the device's scheduler would fill, made on the host; `changes` to its configuration."""
-    config: ScheduleConfig = replace(hopper.schedule_config(shape, num_sms), **changes)
+    config: ScheduleConfig = replace(hopper.schedule_config(shape, num_sms, max_seq_len), **changes)
     return make_host_schedule(config, shape, seq_lens, cu_seqlens_q)
 

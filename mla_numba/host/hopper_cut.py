@@ -1,0 +1,119 @@
+"""How the `hopper` backend cuts its work, as far as the host decides it: the rows of a job, and how many workers share the jobs.
+
+Kernel and grid follow from both, so they are chosen before a kernel has read the lengths: by the shape and, where the caller tells, by the
+longest request. The rest is `scheduler`'s. Times are an H200's.
+"""
+
+from numba import cuda
+
+from ..config import DecodeShape, ScheduleConfig, ceil_div
+from ..contract import INVARIANT_SPLIT_TOKENS
+
+# What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
+# fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces).
+_OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS, _UNCUT_BLOCKS = 4, 2, 5
+# The same where one row tile reads the cache. One block is worth a piece there (up to 9% less on short calls, 1% more on some long ones;
+# with 128 heads 23% more on 4 requests of 1,024 tokens).
+_OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 5, 1
+# And where its requests are half as many as SMs or more: a block takes 2.2 us there, not 1.5, as all SMs wait for memory, and to begin a
+# piece is 2 to 3 of them; 0 to 1.4% less on batches of 128 and 256, up to 4% more on those of 32.
+_OVERHEAD_BLOCKS_AT_MEMORY = 3
+# Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
+_MAX_TEAM = 4
+# A call has tiles of 16 rows, however many rows its requests have, if that makes no more blocks for each SM than these: what it takes is
+# then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 9% more).
+_BLOCKS_OF_SMALL_TILES = 3
+# Half of the workers do where all would have no more blocks each than these: what is not cut need not be merged, and the merge's thread
+# blocks have SMs to begin on (up to 20% less). The merge of a job of 16 rows is cheapest, of two row tiles and more dearest.
+_BLOCKS_FOR_HALF_OF_16_ROWS, _BLOCKS_FOR_HALF_OF_ONE_TILE, _BLOCKS_FOR_HALF = 1, 2, 4
+# A job that four workers or more may have is merged by a kernel, whose thread blocks want SMs to begin on while the decode runs. One in 33
+# workers is left out for them; of jobs of 16 rows one in 5, as fewer SMs ask memory for as much there (up to 10% less), if all would have
+# no more blocks each than these (1% more with 128).
+_LEFT_OUT, _LEFT_OUT_OF_16_ROWS, _BLOCKS_FOR_LEFT_OUT = 33, 5, 16
+
+
+def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
+    """Row tiles that a worker attends together: as fills the machine best, and at least two where there are two."""
+    def use(team: int) -> float:
+        workers = num_sms // (team * num_kv_heads)
+        return workers * team * num_kv_heads / num_sms * row_tiles / (ceil_div(row_tiles, team) * team)
+
+    return max(range(min(row_tiles, 2), min(row_tiles, _MAX_TEAM) + 1), key=lambda team: (use(team), team))
+
+
+def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len: int | None = None) -> ScheduleConfig:
+    """For the current device, or for one of so many SMs; no request has more than `max_seq_len` tokens, if that is known."""
+    from ..kernels.hopper_config import BLOCK_N
+
+    if num_sms is None:
+        num_sms = cuda.gpus[cuda.get_current_device().id].MULTIPROCESSOR_COUNT
+    # How many rows the requests of a ragged batch have is not known, nor into how many jobs they come apart.
+    num_blocks = None if max_seq_len is None or shape.ragged else ceil_div(max_seq_len, BLOCK_N)
+    rows_per_job, team = _job_size(shape, num_sms, num_blocks)
+    overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS
+    if team == 1:
+        overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
+        if 2 * shape.batch * shape.num_heads_kv >= num_sms:
+            overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
+    return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
+                          num_workers=_num_workers(shape, rows_per_job, num_sms // (team * shape.num_heads_kv), num_blocks),
+                          uncut_blocks=_UNCUT_BLOCKS, split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
+
+
+def _num_rows(shape: DecodeShape) -> int:
+    """Packed rows of a request and KV head."""
+    return max(shape.seq_len_q, 1) * shape.heads_per_kv
+
+
+def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple[int, int]:
+    """(Rows of a job, row tiles that walk it together.) No request has more than `num_blocks` blocks, if that is known."""
+    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
+
+    num_rows, least_rows = _num_rows(shape), min(SWAPPED_ROWS)
+    team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
+    if shape.ragged:
+        return team * BLOCK_M, team
+    # Not under batch_invariant: the bits of a row are another kernel's then.
+    if num_blocks is not None and not shape.batch_invariant:
+        num_jobs = shape.batch * shape.num_heads_kv * ceil_div(num_rows, least_rows)
+        # Jobs that nobody cuts may be longer, if each has an SM (16 x 320 tokens of 128 heads: 19.6 us -> 15.3).
+        if num_jobs <= num_sms and (num_blocks <= _UNCUT_BLOCKS or num_jobs * num_blocks <= _BLOCKS_OF_SMALL_TILES * num_sms):
+            return least_rows, 1
+    return min([rows for rows in SWAPPED_ROWS if num_rows <= rows], default=team * BLOCK_M), team
+
+
+def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None) -> int:
+    """How many of the workers that fit the machine share the jobs of a KV head."""
+    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
+
+    if shape.ragged:
+        return max(1, most)
+    num_jobs, has_16_rows = shape.batch * ceil_div(_num_rows(shape), rows_per_job), rows_per_job == min(SWAPPED_ROWS)
+    for_half = _BLOCKS_FOR_HALF_OF_ONE_TILE if rows_per_job <= BLOCK_M else _BLOCKS_FOR_HALF
+    for_half = _BLOCKS_FOR_HALF_OF_16_ROWS if has_16_rows else for_half
+    left_out = 0
+    if 4 * num_jobs <= most:
+        left_out = most // (_LEFT_OUT_OF_16_ROWS if has_16_rows else _LEFT_OUT)
+    if num_blocks is not None:
+        if num_blocks <= _UNCUT_BLOCKS:
+            left_out = most
+        elif num_jobs * num_blocks <= most * for_half:
+            left_out = most // 2
+        elif has_16_rows and num_jobs * num_blocks > most * _BLOCKS_FOR_LEFT_OUT:
+            left_out = 0
+    # One for each job at least.
+    return max(1, min(most, max(most - left_out, num_jobs)))
+
+
+def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
+    """(Row tiles of a job, rows of a tile)."""
+    from ..kernels.hopper_config import BLOCK_M
+
+    return ceil_div(config.rows_per_job, BLOCK_M), min(config.rows_per_job, BLOCK_M)
+
+
+def is_for_kernels(config: ScheduleConfig) -> bool:
+    """Whether there are kernels for jobs of so many rows."""
+    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
+
+    return config.rows_per_job in SWAPPED_ROWS or config.rows_per_job in range(BLOCK_M, _MAX_TEAM * BLOCK_M + 1, BLOCK_M)
