@@ -21,7 +21,7 @@ _OVERHEAD_BLOCKS_AT_MEMORY = 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # A call has tiles of 16 rows, however many rows its requests have, if that makes no more blocks for each SM than these: what it takes is
-# then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 9% more).
+# then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more).
 _BLOCKS_OF_SMALL_TILES = 3
 # Half of the workers do where all would have no more blocks each than these: what is not cut need not be merged, and the merge's thread
 # blocks have SMs to begin on (up to 20% less). The merge of a job of 16 rows is cheapest, of two row tiles and more dearest.
