@@ -13,11 +13,11 @@ from .validate import require_choice
 
 # A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. Its decode may return a
 # `hopper.Launch`, which repeats it for arrays that lie alike; else it returns None.
-_MODULES = {"hopper": "mla_numba.host.hopper", "simt": "mla_numba.host.simt", "cpu": "mla_numba.host.cpu"}
+_MODULES = {"hopper": ".host.hopper", "simt": ".host.simt", "cpu": ".host.cpu"}
 
 
 def backend_module(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(_MODULES[name], __package__)
 
 
 def unavailable(name: str) -> list[str]:

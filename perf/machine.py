@@ -31,10 +31,10 @@ def versions() -> dict[str, str]:
     return found | {name: got for name in PACKAGES if (got := package_version(name)) is not None}
 
 
-def commit() -> str | None:
-    """Of the checkout, with "-dirty" if tracked files differ from it; None where there is no git."""
+def commit(root: Path = ROOT) -> str | None:
+    """Of a checkout, with "-dirty" if tracked files differ from it; None where there is no git."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -20,6 +20,7 @@ from perf.gate import Gate
 from perf.inputs import Inputs, make_inputs
 from perf.peers import CPU_PEERS, GPU_PEERS, PEERS, Peer
 from perf.peers.base import one_line
+from perf.peers.checkout import Checkout
 from perf.timer import MIN_SAMPLES, Call, CudaTimer, HostTimer, Timer, first_call, host_us, interleave, spread
 
 # A peer that takes longer on a GPU, or on a CPU, is left out: twenty samples of it would be the run.
@@ -88,7 +89,8 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
     Parameters
     ----------
     peer_names : sequence of str, optional
-        Default: all that take arrays of the backend's place.
+        Peers' names, and folders of other checkouts of this repository, which have a slash. Default: all peers that take arrays of the
+        backend's place.
 
     Raises
     ------
@@ -105,13 +107,14 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
     if samples < MIN_SAMPLES:
         raise ValueError(f"samples={samples} must be at least {MIN_SAMPLES}: p10 and p90 of fewer mean nothing")
     names = (CPU_PEERS if backend == "cpu" else GPU_PEERS) if peer_names is None else peer_names
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in PEERS and "/" not in name]
     if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+        raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}, and folders of other checkouts, with a slash")
     library = "numpy" if backend == "cpu" else "torch" if _torch_with_gpu() else "numba"
-    absent = {name: _why_not(PEERS[name], library) for name in names}
+    peers = [PEERS[name] if name in PEERS else Checkout(name, backend, library) for name in names]
+    absent = {peer.name: _why_not(peer, library) for peer in peers}
     return Run(backend, HostTimer() if backend == "cpu" else CudaTimer(), library, samples,
-               {name: PEERS[name] for name, reason in absent.items() if reason is None},
+               {peer.name: peer for peer in peers if absent[peer.name] is None},
                {name: reason for name, reason in absent.items() if reason is not None})
 
 

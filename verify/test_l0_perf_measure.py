@@ -4,7 +4,10 @@
 # ruff: noqa: ARG002
 
 import math
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,8 @@ from perf.peers import CPU_PEERS, GPU_PEERS, PEERS
 from perf.peers.numpy_way import NumpyWay
 
 pytestmark = pytest.mark.l0
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # batch, queries, heads, mean length, lengths differ: the rows that the peers were measured on before the project began.
 BASELINE = """
@@ -449,3 +454,33 @@ def test_command_line_lists_and_refuses(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["explain", "--lens", "a,b"])
     assert "argument --lens: 'a,b' must be integers" in capsys.readouterr().err
+
+
+# Another checkout
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the package in another folder."""
+    folder = tmp_path / "before"
+    shutil.copytree(ROOT / "mla_numba", folder / "mla_numba", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mla_numba_of_before"]:
+        del sys.modules[name]
+
+
+def test_another_checkout_is_a_peer(checkout):
+    run = measure.start("cpu", [str(checkout)])
+    assert list(run.peers) == ["before"] and run.absent == {}
+    row = measure.measure_case(run, SMALL, LIMITS)
+    assert row["peers_us"]["before"] > 0 and row["peers_rel_err"]["before"] == row["rel_err"]
+    assert row["peers_version"]["before"] == "mla_numba of no commit"
+    package = sys.modules["mla_numba_of_before"]
+    assert package is not mla_numba and Path(package.dispatch.backend_module("cpu").__file__).is_relative_to(checkout)
+
+
+def test_a_checkout_that_cannot_stand_beside_this_one_is_absent(checkout):
+    dispatch = checkout / "mla_numba" / "dispatch.py"
+    dispatch.write_text(dispatch.read_text().replace('".host.cpu"', '"mla_numba.host.cpu"'))
+    run = measure.start("cpu", [str(checkout), "./no/such/folder"])
+    assert run.peers == {}
+    assert "names its own package" in run.absent["before"] and "FileNotFoundError" in run.absent["folder"]

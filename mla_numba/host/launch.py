@@ -69,7 +69,7 @@ class KernelSpec:
         return getattr(self._module(), self.signature)()
 
     def _module(self) -> Any:
-        return importlib.import_module(f"mla_numba.kernels.{self.module}")
+        return importlib.import_module(f"..kernels.{self.module}", __package__)
 
 
 def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
