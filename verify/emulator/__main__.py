@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     replay.add_argument("--seed", type=int, default=0, help="of the machine (default: %(default)s)")
     replay.add_argument("--num-sms", type=int, default=2, help="the work is cut for so many (default: %(default)s)")
     replay.add_argument("--share-parts", type=int, default=SHARE_PARTS, help="pieces from which on thread blocks share a merge")
+    replay.add_argument("--small-tiles", action="store_true", help="jobs of 16 rows, however many a request has")
     mutants = commands.add_parser("mutants", help="is every planted bug found?")
     mutants.add_argument("--name", help="only those with this in their name")
     timeline = commands.add_parser("timeline", help="draw a thread block's run")
@@ -76,7 +77,7 @@ def explore(options: argparse.Namespace, console: Console) -> int:
 
 def replay(options: argparse.Namespace, console: Console) -> int:
     try:
-        worst = check(MLACase.parse(options.case), Schedule(options.seed, options.num_sms, options.share_parts))
+        worst = check(MLACase.parse(options.case), Schedule(options.seed, options.num_sms, options.share_parts, options.small_tiles))
     except PairFailure as failure:
         console.print(str(failure), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1

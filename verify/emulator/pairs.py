@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
+from mla_numba.kernels.hopper_config import SWAPPED_ROWS
 from verify.cases import MLACase
 from verify.checks import assert_within
 from verify.strategies import EMULATED, mla_cases
@@ -19,15 +20,18 @@ SHARE_PARTS, FEW_SHARE_PARTS = 8, 1
 
 @dataclass(frozen=True)
 class Schedule:
-    """What decides, besides the case: the machine's chances, how many SMs the work is cut for, how merges are shared."""
+    """What decides, besides the case: the machine's chances, how many SMs the work is cut for, how merges are shared, and whether requests
+    come in jobs of 16 rows, as those of short calls do."""
 
     seed: int
     num_sms: int = 2
     share_parts: int = SHARE_PARTS
+    small_tiles: bool = False
 
     @property
     def options(self) -> str:
-        return f"--seed {self.seed} --num-sms {self.num_sms} --share-parts {self.share_parts}"
+        small_tiles = " --small-tiles" if self.small_tiles else ""
+        return f"--seed {self.seed} --num-sms {self.num_sms} --share-parts {self.share_parts}{small_tiles}"
 
 
 class PairFailure(AssertionError):
@@ -40,7 +44,7 @@ class PairFailure(AssertionError):
 
 def pairs() -> st.SearchStrategy[tuple[MLACase, Schedule]]:
     schedules = st.builds(Schedule, st.integers(0, 2 ** 16), st.sampled_from((1, 2, 3, 5)),
-                          st.sampled_from((SHARE_PARTS, FEW_SHARE_PARTS)))
+                          st.sampled_from((SHARE_PARTS, FEW_SHARE_PARTS)), st.booleans())
     return st.tuples(mla_cases(EMULATED, ragged=True, dtypes=DTYPES), schedules)
 
 
@@ -56,11 +60,13 @@ def check(case: MLACase, schedule: Schedule, edits: Edits | None = None) -> floa
     """
     inputs = case.build()
     out, lse, out_bound, lse_bound = inputs.bounds()
+    changes = {"merge_share_parts": schedule.share_parts}
+    if schedule.small_tiles and not inputs.ragged:
+        changes["rows_per_job"] = min(SWAPPED_ROWS)
     try:
         got_out, got_lse = decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale,
                                   inputs.causal, cu_seqlens_q=inputs.cu_seqlens_q,
-                                  device=EmulatedGpu(schedule.seed, num_sms=schedule.num_sms, edits=edits),
-                                  merge_share_parts=schedule.share_parts)
+                                  device=EmulatedGpu(schedule.seed, num_sms=schedule.num_sms, edits=edits), **changes)
         return max(assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
     except (Finding, AssertionError) as error:
         kind = error.kind if isinstance(error, Finding) else "wrong"
