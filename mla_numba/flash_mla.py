@@ -145,12 +145,13 @@ def flash_mla_with_kvcache(q: Any, k_cache: Any, block_table: Any, cache_seqlens
 
 
 def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, causal: bool) -> None:
-    shape = validate.decode_shape(view(q, "q"), view(k_cache, "kv_cache"), view(block_table, "block_table"),
-                                  view(cache_seqlens, "seq_lens"), None, validate.require_count(head_dim_v, "head_dim_v"),
+    table = view(block_table, "block_table")
+    shape = validate.decode_shape(view(q, "q"), view(k_cache, "kv_cache"), table, view(cache_seqlens, "seq_lens"), None,
+                                  validate.require_count(head_dim_v, "head_dim_v"),
                                   validate.require_flag(causal, "causal"), False)
     meta.plan = plan_decode(cache_seqlens, num_heads_q=shape.num_heads_q, seq_len_q=shape.seq_len_q, num_heads_kv=shape.num_heads_kv,
                             page_size=shape.page_size, head_dim_qk=shape.head_dim_qk, head_dim_v=shape.head_dim_v, dtype=shape.dtype,
-                            causal=causal)
+                            causal=causal, max_seq_len=min(table.shape[1] * shape.page_size, 2**31 - 1))
     meta.config = shape
     meta.tile_scheduler_metadata, meta.num_splits = _metadata(shape, view(cache_seqlens, "seq_lens"))
     meta.have_initialized = True

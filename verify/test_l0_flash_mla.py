@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_numba import flash_mla, mla_decode
+from mla_numba import flash_mla, mla_decode, plan_decode
 from mla_numba.scheduler import BEGIN_BLOCK, BEGIN_JOB, END_BLOCK, END_JOB
 
 pytestmark = pytest.mark.l0
@@ -54,3 +54,11 @@ def test_metadata_has_flash_mlas_form():
         assert (parts[0][BEGIN_JOB], parts[0][BEGIN_BLOCK]) == (0, 0) and parts[-1][END_JOB] == len(_LENS) - 1
         for before, after in zip(parts, parts[1:], strict=False):
             assert (after[BEGIN_JOB], after[BEGIN_BLOCK]) in {(before[END_JOB], before[END_BLOCK]), (before[END_JOB] + 1, 0)}
+
+
+def test_the_plan_is_told_what_the_table_holds(monkeypatch):
+    told = []
+    monkeypatch.setattr(flash_mla, "plan_decode", lambda *arguments, max_seq_len, **options: told.append(max_seq_len)
+                        or plan_decode(*arguments, **options))
+    flash_mla.flash_mla_with_kvcache(*_arguments(), flash_mla.FlashMLASchedMeta())
+    assert told == [5 * 64]
