@@ -20,9 +20,10 @@ _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE = 5, 1
 _OVERHEAD_BLOCKS_AT_MEMORY = 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
-# A call has tiles of 16 rows, however many rows its requests have, if that makes no more blocks for each SM than these: what it takes is
-# then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more).
-_BLOCKS_OF_SMALL_TILES = 3
+# A call has tiles of 16 rows, however many rows its requests have, if each SM has one job or none, and no more blocks in all: what it takes
+# is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more). If
+# jobs have few blocks there is less to merge, too, and they may be twice as many (16 x 320 tokens: 19.6 us -> 15.3).
+_BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 3, 8
 # Half of the workers do where all would have no more blocks each than these: what is not cut need not be merged, and the merge's thread
 # blocks have SMs to begin on (up to 20% less). The merge of a job of 16 rows is cheapest, of two row tiles and more dearest.
 _BLOCKS_FOR_HALF_OF_16_ROWS, _BLOCKS_FOR_HALF_OF_ONE_TILE, _BLOCKS_FOR_HALF = 1, 2, 4
@@ -30,6 +31,9 @@ _BLOCKS_FOR_HALF_OF_16_ROWS, _BLOCKS_FOR_HALF_OF_ONE_TILE, _BLOCKS_FOR_HALF = 1,
 # workers is left out for them; of jobs of 16 rows one in 5, as fewer SMs ask memory for as much there (up to 10% less), if all would have
 # no more blocks each than these (1% more with 128).
 _LEFT_OUT, _LEFT_OUT_OF_16_ROWS, _BLOCKS_FOR_LEFT_OUT = 33, 5, 16
+# Of a job alone, of one row tile, one in 3: what is more than eight times eight pieces is merged less side by side (132 -> 88 workers: 12
+# to 15% less of 20,480 and 32,768 tokens with 64 heads, 3% of 65,536, 2% with 16 heads).
+_LEFT_OUT_OF_ONE_JOB, _BLOCKS_FOR_LEFT_OUT_OF_ONE_JOB = 3, 8
 
 
 def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
@@ -76,8 +80,8 @@ def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple
     # Not under batch_invariant: the bits of a row are another kernel's then.
     if num_blocks is not None and not shape.batch_invariant:
         num_jobs = shape.batch * shape.num_heads_kv * ceil_div(num_rows, least_rows)
-        # Jobs that nobody cuts may be longer, if each has an SM (16 x 320 tokens of 128 heads: 19.6 us -> 15.3).
-        if num_jobs <= num_sms and (num_blocks <= _UNCUT_BLOCKS or num_jobs * num_blocks <= _BLOCKS_OF_SMALL_TILES * num_sms):
+        most_blocks = _BLOCKS_OF_SMALL_TILES * (2 if num_blocks <= _FEW_BLOCKS else 1) * num_sms
+        if num_jobs <= num_sms and num_jobs * num_blocks <= most_blocks:
             return least_rows, 1
     return min([rows for rows in SWAPPED_ROWS if num_rows <= rows], default=team * BLOCK_M), team
 
@@ -99,6 +103,8 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
             left_out = most
         elif num_jobs * num_blocks <= most * for_half:
             left_out = most // 2
+        elif num_jobs == 1 and rows_per_job <= BLOCK_M and num_blocks <= most * _BLOCKS_FOR_LEFT_OUT_OF_ONE_JOB:
+            left_out = most // _LEFT_OUT_OF_ONE_JOB
         elif has_16_rows and num_jobs * num_blocks > most * _BLOCKS_FOR_LEFT_OUT:
             left_out = 0
     # One for each job at least.
