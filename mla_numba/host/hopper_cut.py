@@ -4,6 +4,9 @@ Kernel and grid follow from both, so they are chosen before a kernel has read th
 longest request. The rest is `scheduler`'s. Times are an H200's.
 """
 
+import math
+from typing import NamedTuple
+
 from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
@@ -24,16 +27,25 @@ _MAX_TEAM = 4
 # is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more). If
 # jobs have few blocks there is less to merge, too, and they may be twice as many (16 x 320 tokens: 19.6 us -> 15.3).
 _BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 3, 8
-# Half of the workers do where all would have no more blocks each than these: what is not cut need not be merged, and the merge's thread
-# blocks have SMs to begin on (up to 20% less). The merge of a job of 16 rows is cheapest, of two row tiles and more dearest.
-_BLOCKS_FOR_HALF_OF_16_ROWS, _BLOCKS_FOR_HALF_OF_ONE_TILE, _BLOCKS_FOR_HALF = 1, 2, 4
-# A job that four workers or more may have is merged by a kernel, whose thread blocks want SMs to begin on while the decode runs. One in 33
-# workers is left out for them; of jobs of 16 rows one in 5, as fewer SMs ask memory for as much there (up to 10% less), if all would have
-# no more blocks each than these (1% more with 128).
-_LEFT_OUT, _LEFT_OUT_OF_16_ROWS, _BLOCKS_FOR_LEFT_OUT = 33, 5, 16
-# Of a job alone, of one row tile, one in 3: what is more than eight times eight pieces is merged less side by side (132 -> 88 workers: 12
-# to 15% less of 20,480 and 32,768 tokens with 64 heads, 3% of 65,536, 2% with 16 heads).
-_LEFT_OUT_OF_ONE_JOB, _BLOCKS_FOR_LEFT_OUT_OF_ONE_JOB = 3, 8
+
+
+class _Shares(NamedTuple):
+    """Of jobs of one kind.
+
+    Half of the workers do where all would have no more than `half_blocks` blocks each: what is not cut need not be merged, and the merge's
+    thread blocks have SMs to begin on (up to 20% less). A job that four workers or more may have is merged by a kernel, whose thread blocks
+    want SMs to begin on while the decode runs: one worker in `left_out` is left out for them.
+    """
+
+    half_blocks: int
+    left_out: int
+
+
+# The merge of a job of few rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each.
+_OF_16_ROWS, _OF_ONE_TILE, _OF_MORE, _BLOCKS_OF_16_ROWS = _Shares(1, 5), _Shares(2, 33), _Shares(4, 33), 16
+# Of a job alone, of one row tile, one in 3 is left out up to so many blocks for each: what is more than eight times eight pieces is merged
+# less side by side (12 to 15% less of 20,480 and 32,768 tokens with 64 heads, 3% of 65,536; 2% with 16 heads).
+_LEFT_OUT_OF_ONE_JOB, _BLOCKS_OF_ONE_JOB = 3, 8
 
 
 def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
@@ -87,28 +99,26 @@ def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple
 
 
 def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None) -> int:
-    """How many of the workers that fit the machine share the jobs of a KV head."""
+    """How many of the workers that fit the machine share the jobs of a KV head: one for each job at least."""
     from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
 
+    most = max(most, 1)
     if shape.ragged:
-        return max(1, most)
-    num_jobs, has_16_rows = shape.batch * ceil_div(_num_rows(shape), rows_per_job), rows_per_job == min(SWAPPED_ROWS)
-    for_half = _BLOCKS_FOR_HALF_OF_ONE_TILE if rows_per_job <= BLOCK_M else _BLOCKS_FOR_HALF
-    for_half = _BLOCKS_FOR_HALF_OF_16_ROWS if has_16_rows else for_half
-    left_out = 0
-    if 4 * num_jobs <= most:
-        left_out = most // (_LEFT_OUT_OF_16_ROWS if has_16_rows else _LEFT_OUT)
-    if num_blocks is not None:
-        if num_blocks <= _UNCUT_BLOCKS:
-            left_out = most
-        elif num_jobs * num_blocks <= most * for_half:
-            left_out = most // 2
-        elif num_jobs == 1 and rows_per_job <= BLOCK_M and num_blocks <= most * _BLOCKS_FOR_LEFT_OUT_OF_ONE_JOB:
-            left_out = most // _LEFT_OUT_OF_ONE_JOB
-        elif has_16_rows and num_jobs * num_blocks > most * _BLOCKS_FOR_LEFT_OUT:
-            left_out = 0
-    # One for each job at least.
-    return max(1, min(most, max(most - left_out, num_jobs)))
+        return most
+    num_jobs, is_one_tile = shape.batch * ceil_div(_num_rows(shape), rows_per_job), rows_per_job <= BLOCK_M
+    shares = _OF_16_ROWS if rows_per_job == min(SWAPPED_ROWS) else _OF_ONE_TILE if is_one_tile else _OF_MORE
+    # For each worker if all take part.
+    blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most
+    workers = most
+    if num_blocks is not None and num_blocks <= _UNCUT_BLOCKS:
+        workers = num_jobs
+    elif blocks <= shares.half_blocks:
+        workers = most - most // 2
+    elif num_jobs == 1 and is_one_tile and blocks <= _BLOCKS_OF_ONE_JOB:
+        workers = most - most // _LEFT_OUT_OF_ONE_JOB
+    elif 4 * num_jobs <= most and not (shares is _OF_16_ROWS and _BLOCKS_OF_16_ROWS < blocks < math.inf):
+        workers = most - most // shares.left_out
+    return min(most, max(workers, num_jobs, 1))
 
 
 def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
