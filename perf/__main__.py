@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a suite (the default command)")
     run.add_argument("--suite", choices=cases.SUITES, help="default: quick on a GPU, cpu without one")
-    run.add_argument("--case", action="append", metavar="NAME", help="a case of any suite instead; may be given again")
+    run.add_argument("--case", action="append", metavar="NAME", help="a case, or any shape so named, instead; may be given again")
     run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     run.add_argument("--peers", metavar="A,B", help="peers to measure beside it, or folders of other checkouts (with a slash), or none; "
                      "default: all peers that can be imported")

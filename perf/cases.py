@@ -5,6 +5,7 @@ mean that the name says, so that cases of one mean do the same work, however it 
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from mla_numba.config import ceil_div
 from mla_numba.demo import load_batches
 
+# The names that `_case` gives.
+_SHAPE = re.compile(r"b(?P<batch>\d+)_q(?P<seq_len_q>\d+)_h(?P<heads>\d+)_k(?P<mean>\d+)(_(?P<spread>normal|uniform|bimodal|giant|step2))?"
+                    r"(_p(?P<page_size>[1-9]\d*))?(_w(?P<num_workers>[1-9]\d*))?(?P<full>_full)?")
 # Tokens of a block in `Case.prefix_blocks`: Mooncake's.
 PREFIX_BLOCK_TOKENS = 512
 
@@ -166,11 +170,20 @@ def suite(name: str) -> tuple[Case, ...]:
 
 
 def find(name: str) -> Case:
-    """The case of that name, of whatever suite; raises ValueError, with names that are near."""
+    """The case of that name, of whatever suite, or the one whose name says its shape; raises ValueError, with names that are near."""
     by_name = {case.name: case for suite_name in reversed(SUITES) for case in _SUITES[suite_name]()}
     if name not in by_name:
-        near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4)
-        raise ValueError(f"no case {name!r}; near it: {', '.join(near) or 'none'}; python -m perf --list prints all")
+        shape = _SHAPE.fullmatch(name)
+        if shape is None:
+            near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4)
+            raise ValueError(f"no case {name!r}; near it: {', '.join(near) or 'none'}; python -m perf --list prints all, and any shape "
+                             "has a name: b4_q1_h64_k3000, then _normal or another spread, _p32 for pages of 32, _w8 for 8 workers, _full "
+                             "without the causal mask")
+        batch, seq_len_q, heads, mean = map(int, shape.group("batch", "seq_len_q", "heads", "mean"))
+        if min(batch, seq_len_q, heads) < 1 or mean < seq_len_q:
+            raise ValueError(f"case {name!r} must have a request, a query and a head at least, and a token for each query")
+        return _case("shape", batch, seq_len_q, heads, mean, shape["spread"] or "equal", causal=shape["full"] is None,
+                     page_size=int(shape["page_size"] or 64), num_workers=int(shape["num_workers"]) if shape["num_workers"] else None)
     return by_name[name]
 
 

@@ -108,9 +108,20 @@ def test_lengths_of_every_spread_have_the_mean(spread):
 
 def test_wrong_names_say_what_is_near():
     with pytest.raises(ValueError, match="b128_q1_h128_k4096"):
-        cases.find("b128_q1_h128_k409")
+        cases.find("b128_q1_h128k4096")
+    for name in ("b0_q1_h128_k4096", "b1_q0_h128_k4096", "b1_q1_h0_k4096", "b1_q5_h16_k4"):
+        with pytest.raises(ValueError, match="at least"):
+            cases.find(name)
     with pytest.raises(ValueError, match="is none of quick"):
         cases.suite("everything")
+
+
+@pytest.mark.parametrize("name", ["b4_q1_h64_k3000", "b3_q2_h5_k70_giant_p16_w7_full", "b2_q1_h16_k100_p1"])
+def test_any_shape_can_be_named(name):
+    case = cases.find(name)
+    # With one query causal or not is the same, and has one name.
+    assert case.name == name and case.suite == "shape" and sum(case.seq_lens) == case.batch * case.seq_len_k_mean
+    assert min(case.seq_lens) >= case.seq_len_q
 
 
 def test_requests_share_the_pages_of_their_prefix_blocks():
