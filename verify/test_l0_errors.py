@@ -222,6 +222,8 @@ _PLAN = [
     _case("head-dims", ValueError, "head_dim_v=25 must be from 1 to head_dim_qk=24", head_dim_v=25),
     _case("dtype", ValueError, "dtype must be one of 'bfloat16'", dtype="int8"),
     _case("num-workers-0", ValueError, "num_workers must be from 1", num_workers=0),
+    _case("max-seq-len-negative", ValueError, "max_seq_len must be from 0", max_seq_len=-1),
+    _case("max-seq-len-float", TypeError, "max_seq_len must be an integer", max_seq_len=9.0),
     _case("total-q", ValueError, "total_q must be from 0", cu_seqlens_q=np.array([0, 1, 2], np.int32), total_q=-1),
 ]
 
