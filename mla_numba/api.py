@@ -434,7 +434,7 @@ def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_
                **overrides: int | None) -> _Scheduler:
     """For lengths in the place of `like`, of which it holds on to nothing, and the stream that the caller named.
 
-    `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice.
+    `max_seq_len` is `plan_decode`'s; `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice.
     """
     module: ModuleType = backend_module(name)
     changes: dict[str, Any] = {field_name: value for field_name, value in overrides.items() if value is not None}

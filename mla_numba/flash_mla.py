@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import validate
-from .api import Plan, make_plan, mla_decode, plan_decode
+from .api import Plan, make_plan, mla_decode
 from .arrays import ArrayView, on_device, table_like_kind, view
 from .config import DecodeShape
 from .contract import HEAD_DIM_QK, HEAD_DIM_V
@@ -85,8 +85,10 @@ def get_mla_metadata(cache_seqlens: Any = None, num_q_tokens_per_head_k: int | N
     validate.require_dtype(lens, ("int32",))
     validate.require_whole_elements(lens)
     batch = lens.shape[0]
-    return _metadata(DecodeShape(batch, 1, batch, rows * num_heads_k, num_heads_k, HEAD_DIM_QK, HEAD_DIM_V, PAGE_SIZE, "bfloat16",
-                                 causal=False, batch_invariant=False), lens)
+    shape = DecodeShape(batch, 1, batch, rows * num_heads_k, num_heads_k, HEAD_DIM_QK, HEAD_DIM_V, PAGE_SIZE, "bfloat16",
+                        causal=False, batch_invariant=False)
+    with on_device(lens.device):
+        return _metadata(choose_backend("auto", shape, lens.device), shape, lens)
 
 
 def flash_mla_with_kvcache(q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, tile_scheduler_metadata: Any,
@@ -145,24 +147,22 @@ def flash_mla_with_kvcache(q: Any, k_cache: Any, block_table: Any, cache_seqlens
 
 
 def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: int, causal: bool) -> None:
-    table = view(block_table, "block_table")
-    shape = validate.decode_shape(view(q, "q"), view(k_cache, "kv_cache"), table, view(cache_seqlens, "seq_lens"), None,
-                                  validate.require_count(head_dim_v, "head_dim_v"),
+    kv_view, table, lens = view(k_cache, "kv_cache"), view(block_table, "block_table"), view(cache_seqlens, "seq_lens")
+    shape = validate.decode_shape(view(q, "q"), kv_view, table, lens, None, validate.require_count(head_dim_v, "head_dim_v"),
                                   validate.require_flag(causal, "causal"), False)
-    meta.plan = plan_decode(cache_seqlens, num_heads_q=shape.num_heads_q, seq_len_q=shape.seq_len_q, num_heads_kv=shape.num_heads_kv,
-                            page_size=shape.page_size, head_dim_qk=shape.head_dim_qk, head_dim_v=shape.head_dim_v, dtype=shape.dtype,
-                            causal=causal, max_seq_len=min(table.shape[1] * shape.page_size, 2**31 - 1))
+    validate.require_count(shape.seq_len_q, "seq_len_q")
+    name = choose_backend("auto", shape, lens.device, kv_view)
+    with on_device(lens.device):
+        meta.plan = make_plan(name, shape, lens, None, None, max_seq_len=table.shape[1] * shape.page_size)
+        meta.tile_scheduler_metadata, meta.num_splits = _metadata(name, shape, lens)
     meta.config = shape
-    meta.tile_scheduler_metadata, meta.num_splits = _metadata(shape, view(cache_seqlens, "seq_lens"))
     meta.have_initialized = True
 
 
-def _metadata(shape: DecodeShape, seq_lens: ArrayView) -> tuple[Any, Any]:
+def _metadata(name: str, shape: DecodeShape, seq_lens: ArrayView) -> tuple[Any, Any]:
     """(num_sm_parts, 8), (batch + 1,): FlashMLA's tables, where a job is a whole request, in the library of `seq_lens`."""
-    with on_device(seq_lens.device):
-        schedule = make_plan(choose_backend("auto", shape, seq_lens.device), shape, seq_lens, None, None,
-                             rows_per_job=max(shape.seq_len_q * shape.heads_per_kv, 1)).schedule
-        return table_like_kind(schedule.workers, seq_lens), table_like_kind(schedule.num_splits, seq_lens)
+    schedule = make_plan(name, shape, seq_lens, None, None, rows_per_job=max(shape.seq_len_q * shape.heads_per_kv, 1)).schedule
+    return table_like_kind(schedule.workers, seq_lens), table_like_kind(schedule.num_splits, seq_lens)
 
 
 def _refuse(**arguments: Any) -> None:

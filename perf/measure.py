@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from unittest import mock
 
 import mla_numba
 from mla_numba.dispatch import backend_module
-from perf import ceilings, machine, results, traffic
+from perf import calls, ceilings, machine, results, traffic
 from perf.cases import Case
 from perf.gate import Gate
 from perf.inputs import Inputs, make_inputs
@@ -95,7 +96,8 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
     Raises
     ------
     ValueError
-        The backend cannot run here, a peer's name is unknown, or fewer than `MIN_SAMPLES` samples are asked for.
+        The backend cannot run here, a peer's name is unknown, two contenders would have one
+        name, or fewer than `MIN_SAMPLES` samples are asked for.
     """
     available = mla_numba.available_backends()
     if backend == "auto":
@@ -112,6 +114,9 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
         raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}, and folders of other checkouts, with a slash")
     library = "numpy" if backend == "cpu" else "torch" if _torch_with_gpu() else "numba"
     peers = [PEERS[name] if name in PEERS else Checkout(name, backend, library) for name in names]
+    repeated = [name for name, count in Counter([OURS, UNPLANNED, *(peer.name for peer in peers)]).items() if count > 1]
+    if repeated:
+        raise ValueError(f"more than one contender would be called {', '.join(repeated)}; a checkout's name is its folder's")
     absent = {peer.name: _why_not(peer, library) for peer in peers}
     return Run(backend, HostTimer() if backend == "cpu" else CudaTimer(), library, samples,
                {peer.name: peer for peer in peers if absent[peer.name] is None},
@@ -234,26 +239,15 @@ def _free_memory(run: Run) -> None:
 
 def _our_contenders(run: Run, inputs: Inputs, gate: Gate) -> dict[str, Contender]:
     """With a plan made before, as the peers' metadata are; on a GPU also planning for itself, where the plan is not a case's own."""
-    case = inputs.case
-
-    def make_plan() -> Any:
-        return mla_numba.plan_decode(
-            inputs.seq_lens, num_heads_q=case.num_heads_q, seq_len_q=case.seq_len_q, num_heads_kv=case.num_heads_kv,
-            page_size=case.page_size, head_dim_qk=case.head_dim_qk, head_dim_v=case.head_dim_v, dtype=case.dtype, causal=case.causal,
-            backend=run.backend, num_workers=case.num_workers, max_seq_len=max(case.seq_lens))
-
-    def decode(plan: Any) -> tuple[Any, Any]:
-        return mla_numba.mla_decode(*inputs.arrays, head_dim_v=case.head_dim_v, causal=case.causal, plan=plan, backend=run.backend)
-
     begin = time.perf_counter()
-    plan = make_plan()
-    planned = _admitted(run, lambda: decode(plan), lambda raw: raw, gate)
+    plan = calls.make_plan(mla_numba, inputs, run.backend)
+    planned = _admitted(run, lambda: calls.decode(mla_numba, inputs, plan, run.backend), lambda raw: raw, gate)
     if isinstance(planned, str):
         raise GateError(planned)
     planned.first_s = time.perf_counter() - begin
     contenders = {OURS: planned}
-    if run.on_gpu and case.num_workers is None:
-        unplanned = _admitted(run, lambda: decode(None), lambda raw: raw, gate)
+    if run.on_gpu and inputs.case.num_workers is None:
+        unplanned = _admitted(run, lambda: calls.decode(mla_numba, inputs, None, run.backend), lambda raw: raw, gate)
         if isinstance(unplanned, str):
             raise GateError(f"without a plan: {unplanned}")
         contenders[UNPLANNED] = unplanned

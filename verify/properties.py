@@ -58,11 +58,7 @@ def _property(*needs: str, ragged: bool = True, **cases: Any) -> Callable[[Calla
 @_property()
 def equals_float64(target: Target, case: MLACase) -> float:
     """Every element of out and lse is within its bound of the float64 oracle."""
-    inputs = case.build()
-    out, lse, out_bound, lse_bound = inputs.bounds()
-    lse[lse == np.inf] = target.empty_lse
-    got_out, got_lse = target(inputs)
-    return max(assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
+    return _equals_oracle(target, case.build(), {})
 
 
 @_property()
@@ -128,13 +124,8 @@ def split_count(target: Target, case: MLACase) -> float:
 def longest_request(target: Target, case: MLACase) -> float:
     """With a plan that was told the longest request, or that there are only short ones, every element is within its bound of the oracle."""
     inputs = case.build()
-    out, lse, out_bound, lse_bound = inputs.bounds()
-    lse[lse == np.inf] = target.empty_lse
-    worst = 0.0
-    for max_seq_len in (int(inputs.seq_lens.max(initial=0)), 1):
-        got_out, got_lse = target(inputs, plan=target.plan(inputs, max_seq_len=max_seq_len))
-        worst = max(worst, assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
-    return worst
+    plans = [target.plan(inputs, max_seq_len=max_seq_len) for max_seq_len in (int(inputs.seq_lens.max(initial=0)), 1)]
+    return _equals_oracle(target, inputs, *({"plan": plan} for plan in plans))
 
 
 @_property(ragged=False)
@@ -258,10 +249,9 @@ def batch_invariant(target: Target, case: MLACase) -> float:
     larger, rows = inputs.take(order), inputs.taken_rows(order)
     assert_same_results(larger.rows(*target(larger, batch_invariant=True)), (out[rows], lse[rows]), "being in a larger batch")
     if SPLITS in target.knobs:
-        for workers, max_seq_len in (*((workers, None) for workers in WORKERS[1:]), (None, 1)):
-            plan = target.plan(inputs, workers, batch_invariant=True, max_seq_len=max_seq_len)
-            assert_same_results(inputs.rows(*target(inputs, batch_invariant=True, plan=plan)), (out, lse),
-                                f"cutting for {workers} workers, or for requests of {max_seq_len} token")
+        for cut in (*({"num_workers": workers} for workers in WORKERS[1:]), {"max_seq_len": 1}):
+            plan = target.plan(inputs, batch_invariant=True, **cut)
+            assert_same_results(inputs.rows(*target(inputs, batch_invariant=True, plan=plan)), (out, lse), f"a plan for {cut}")
     return worst
 
 
@@ -355,6 +345,17 @@ def bad_values(target: Target, case: MLACase) -> float:
                    kv_cache=np.pad(inputs.kv_cache, ((0, 1), (0, 0), (0, 0), (0, 0))))
     assert_same_results(target(bad), target(good), "a bad page id or length, where the other call has a page of zeros or length 0,")
     return 0.0
+
+
+def _equals_oracle(target: Target, inputs: Inputs, *calls: dict[str, Any]) -> float:
+    """Of calls with these knobs."""
+    out, lse, out_bound, lse_bound = inputs.bounds()
+    lse[lse == np.inf] = target.empty_lse
+    worst = 0.0
+    for knobs in calls:
+        got_out, got_lse = target(inputs, **knobs)
+        worst = max(worst, assert_within("lse", got_lse, lse, lse_bound), assert_within("out", got_out, out, out_bound))
+    return worst
 
 
 def _same_rows(got: Any, want: Any, bounds: Any, what: str = "") -> float:

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_numba import flash_mla, mla_decode, plan_decode
+from mla_numba import flash_mla, mla_decode
 from mla_numba.scheduler import BEGIN_BLOCK, BEGIN_JOB, END_BLOCK, END_JOB
 
 pytestmark = pytest.mark.l0
@@ -57,8 +57,25 @@ def test_metadata_has_flash_mlas_form():
 
 
 def test_the_plan_is_told_what_the_table_holds(monkeypatch):
-    told = []
-    monkeypatch.setattr(flash_mla, "plan_decode", lambda *arguments, max_seq_len, **options: told.append(max_seq_len)
-                        or plan_decode(*arguments, **options))
+    told, make_plan = [], flash_mla.make_plan
+    monkeypatch.setattr(flash_mla, "make_plan", lambda *arguments, max_seq_len=None, **overrides: told.append(max_seq_len)
+                        or make_plan(*arguments, max_seq_len=max_seq_len, **overrides))
     flash_mla.flash_mla_with_kvcache(*_arguments(), flash_mla.FlashMLASchedMeta())
-    assert told == [5 * 64]
+    # FlashMLA's tables show a whole request's cut, whatever it is told.
+    assert told == [5 * 64, None]
+
+
+def test_the_plan_is_for_a_backend_that_takes_the_cache(monkeypatch):
+    asked, choose_backend = [], flash_mla.choose_backend
+    monkeypatch.setattr(flash_mla, "choose_backend", lambda *arguments: asked.append(arguments) or choose_backend(*arguments))
+    _, k_cache, *_ = arguments = _arguments()
+    flash_mla.flash_mla_with_kvcache(*arguments, flash_mla.FlashMLASchedMeta())
+    assert [kv_cache.pointer for *_, kv_cache in asked] == [k_cache.ctypes.data]
+
+
+def test_metadata_of_no_query_is_refused_and_stays_empty():
+    q, *others = _arguments()
+    metadata = flash_mla.FlashMLASchedMeta()
+    with pytest.raises(ValueError, match="seq_len_q must be from 1"):
+        flash_mla.flash_mla_with_kvcache(q[:, :0], *others, metadata)
+    assert not metadata.have_initialized

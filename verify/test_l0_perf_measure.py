@@ -469,13 +469,20 @@ def test_command_line_lists_and_refuses(capsys, tmp_path):
 
 # Another checkout
 
+def copy_package(folder):
+    shutil.copytree(ROOT / "mla_numba", folder / "mla_numba", ignore=shutil.ignore_patterns("__pycache__", "data"))
+    return folder
+
+
+def packages_of_checkouts():
+    return [name for name in sys.modules if name.startswith("mla_numba_of_") and "." not in name]
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the package in another folder."""
-    folder = tmp_path / "before"
-    shutil.copytree(ROOT / "mla_numba", folder / "mla_numba", ignore=shutil.ignore_patterns("__pycache__", "data"))
-    yield folder
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mla_numba_of_before"]:
+    yield copy_package(tmp_path / "before")
+    for name in [name for name in sys.modules if name.startswith("mla_numba_of_")]:
         del sys.modules[name]
 
 
@@ -485,8 +492,23 @@ def test_another_checkout_is_a_peer(checkout):
     row = measure.measure_case(run, SMALL, LIMITS)
     assert row["peers_us"]["before"] > 0 and row["peers_rel_err"]["before"] == row["rel_err"]
     assert row["peers_version"]["before"] == "mla_numba of no commit"
-    package = sys.modules["mla_numba_of_before"]
+    package, = (sys.modules[name] for name in packages_of_checkouts())
     assert package is not mla_numba and Path(package.dispatch.backend_module("cpu").__file__).is_relative_to(checkout)
+
+
+def test_checkouts_in_folders_of_one_name_are_two_packages(checkout, tmp_path):
+    folders = [checkout, copy_package(tmp_path / "elsewhere" / checkout.name)]
+    for folder in folders:
+        measure.start("cpu", [str(folder)])
+    assert {Path(sys.modules[name].__file__).parents[1] for name in packages_of_checkouts()} == set(folders)
+    with pytest.raises(ValueError, match="more than one contender would be called before"):
+        measure.start("cpu", [str(folder) for folder in folders])
+
+
+@pytest.mark.parametrize("name", ["numpy", "ours"])
+def test_a_checkout_cannot_take_a_contenders_name(name):
+    with pytest.raises(ValueError, match=f"more than one contender would be called {name}"):
+        measure.start("cpu", [f"/any/{name}", "numpy"])
 
 
 def test_a_checkout_that_cannot_stand_beside_this_one_is_absent(checkout):

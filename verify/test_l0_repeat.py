@@ -142,8 +142,7 @@ class _Run:
         monkeypatch.setattr(gpu, "cuda", SimpleNamespace(
             gpus=[_Machine(self.driver)],
             to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
-        monkeypatch.setattr(hopper_cut, "cuda", SimpleNamespace(
-            gpus=[_Machine(self.driver)], get_current_device=lambda: SimpleNamespace(id=0)))
+        monkeypatch.setattr(hopper_cut, "cuda", SimpleNamespace(get_current_device=lambda: _Machine))
         monkeypatch.setattr(gpu, "load_kernels", lambda specs, device_idx: specs)
         self.encoded: list[tuple] = []
         monkeypatch.setattr(gpu, "encode", lambda *key: self.encoded.append(key) or hash(key).to_bytes(128, "little", signed=True))

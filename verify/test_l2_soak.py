@@ -9,7 +9,7 @@ from verify.cases import MLACase
 from verify.checks import assert_same_results
 from verify.targets import ours, simulator
 
-pytestmark = pytest.mark.l2
+pytestmark = [pytest.mark.l2, pytest.mark.skipif(simulator(), reason="the simulator runs threads one after another")]
 
 RERUNS = 1000
 BACKENDS = [name for name in mla_numba.available_backends() if name != "cpu"] or ["cpu"]
@@ -21,8 +21,6 @@ CASES = [
     pytest.param(MLACase(seq_lens=(700,) * 7, num_heads_q=96, seq_len_q=3, page_size=128), id="row-tiles"),
     pytest.param(MLACase(seq_lens=(300,) * 64, num_heads_q=16, dtype="float16", values="one_hot"), id="many-requests"),
 ]
-
-
 # Plans of these are told the longest request, which is short: on hopper they come in jobs of 16 rows, and in fewer pieces.
 SHORT_CASES = [
     pytest.param(MLACase(seq_lens=(1024, 900), num_heads_q=128, values="rising"), id="pieces"),
@@ -31,7 +29,6 @@ SHORT_CASES = [
 ]
 
 
-@pytest.mark.skipif(simulator(), reason="the simulator runs threads one after another")
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,7 +36,6 @@ def test_reruns_are_bitwise_equal(backend: str, case: MLACase, batch_invariant: 
     _assert_reruns_are_equal(backend, case, batch_invariant=batch_invariant)
 
 
-@pytest.mark.skipif(simulator(), reason="the simulator runs threads one after another")
 @pytest.mark.parametrize("case", SHORT_CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reruns_of_short_calls_are_bitwise_equal(backend: str, case: MLACase) -> None:

@@ -4,13 +4,15 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, LOG2_E
+from ..kernels import hopper_config
+from ..kernels.hopper_config import HALF_TILES, NUM_TILES, NUM_WARPS, SIDE_TILES, TILE_COLUMNS, HopperConfig
 from ..scheduler import MERGE_MAX_SHARES
 from . import simt
 from .hopper_cut import is_for_kernels, tiles_of
@@ -18,9 +20,6 @@ from .hopper_cut import schedule_config as schedule_config
 from .launch import ArrayMemory, KernelSpec, Strided, array_words
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
-
-if TYPE_CHECKING:
-    from ..kernels.hopper_config import HopperConfig
 
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
@@ -116,11 +115,9 @@ class Device(Protocol):
 
 @cache
 def decode_spec(dtype: str, page_size: int, row_tiles: int, num_rows: int) -> KernelSpec:
-    from ..kernels import hopper_config as kernel
-
-    config = kernel.HopperConfig(dtype, page_size, row_tiles, num_rows)
-    return KernelSpec("hopper_decode", "make_decode_kernel", (config,), "decode_signature", kernel.NUM_THREADS, kernel.SMEM_BYTES,
-                      fastmath=True, cluster_size=config.cluster_size)
+    config = HopperConfig(dtype, page_size, row_tiles, num_rows)
+    return KernelSpec("hopper_decode", "make_decode_kernel", (config,), "decode_signature", hopper_config.NUM_THREADS,
+                      hopper_config.SMEM_BYTES, fastmath=True, cluster_size=config.cluster_size)
 
 
 @cache
@@ -153,8 +150,6 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
 
     The map is of (packed rows, tiles, KV heads, q batches), a box is a row tile. Packed rows are token by token, head by head; where q's
     strides have no such axis, or suit no TMA, q is copied first."""
-    from ..kernels.hopper_config import NUM_TILES, TILE_COLUMNS
-
     q_batches, tokens = q.shape[:2]
     heads, kv_heads = shape.heads_per_kv, shape.num_heads_kv
     batch_stride, token_stride, head_stride = q.strides[:3]
@@ -184,11 +179,9 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
     return copying_if_needed
 
 
-def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: "HopperConfig", device: Device) -> Callable[[int], tuple[Any, Any]]:
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: HopperConfig, device: Device) -> Callable[[int], tuple[Any, Any]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
     or the two halves of a right side; of eight tokens, if pages are smaller than a block."""
-    from ..kernels.hopper_config import HALF_TILES, NUM_TILES, SIDE_TILES, TILE_COLUMNS
-
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
     num_pages, heads = kv_cache.shape[0], shape.num_heads_kv
     if num_pages == 0:
@@ -221,7 +214,6 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
 
     What it returns holds on to none of the arrays.
     """
-    from ..kernels.hopper_config import NUM_WARPS, HopperConfig
     from ..kernels.hopper_merge import ITEM_ROWS, ITEMS_PER_GROUP, blocks_per_sm
 
     if device is None:

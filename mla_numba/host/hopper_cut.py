@@ -11,6 +11,7 @@ from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import INVARIANT_SPLIT_TOKENS
+from ..kernels.hopper_config import BLOCK_M, BLOCK_N, SWAPPED_ROWS
 
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
 # fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces).
@@ -59,10 +60,8 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
 
 def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs; no request has more than `max_seq_len` tokens, if that is known."""
-    from ..kernels.hopper_config import BLOCK_N
-
     if num_sms is None:
-        num_sms = cuda.gpus[cuda.get_current_device().id].MULTIPROCESSOR_COUNT
+        num_sms = cuda.get_current_device().MULTIPROCESSOR_COUNT
     # How many rows the requests of a ragged batch have is not known, nor into how many jobs they come apart.
     num_blocks = None if max_seq_len is None or shape.ragged else ceil_div(max_seq_len, BLOCK_N)
     rows_per_job, team = _job_size(shape, num_sms, num_blocks)
@@ -83,8 +82,6 @@ def _num_rows(shape: DecodeShape) -> int:
 
 def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple[int, int]:
     """(Rows of a job, row tiles that walk it together.) No request has more than `num_blocks` blocks, if that is known."""
-    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
-
     num_rows, least_rows = _num_rows(shape), min(SWAPPED_ROWS)
     team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
     if shape.ragged:
@@ -100,8 +97,6 @@ def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple
 
 def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None) -> int:
     """How many of the workers that fit the machine share the jobs of a KV head: one for each job at least."""
-    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
-
     most = max(most, 1)
     if shape.ragged:
         return most
@@ -123,13 +118,9 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
 
 def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
     """(Row tiles of a job, rows of a tile)."""
-    from ..kernels.hopper_config import BLOCK_M
-
     return ceil_div(config.rows_per_job, BLOCK_M), min(config.rows_per_job, BLOCK_M)
 
 
 def is_for_kernels(config: ScheduleConfig) -> bool:
     """Whether there are kernels for jobs of so many rows."""
-    from ..kernels.hopper_config import BLOCK_M, SWAPPED_ROWS
-
     return config.rows_per_job in SWAPPED_ROWS or config.rows_per_job in range(BLOCK_M, _MAX_TEAM * BLOCK_M + 1, BLOCK_M)

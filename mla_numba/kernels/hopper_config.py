@@ -148,7 +148,7 @@ class HopperConfig:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether tokens are wgmma's M and rows its N: 64 rows would be padding for the most part."""
+        """Whether tokens are wgmma's M and rows its N, as 64 rows would be padding for the most part, or as the call is short."""
         return self.num_rows < BLOCK_M
 
     @property
@@ -169,7 +169,7 @@ class HopperConfig:
 
     @property
     def is_read_once(self) -> bool:
-        """Whether what is loaded may leave L2 first, as no other thread block asks for it."""
+        """Whether what is loaded may leave L2 first, as no other thread block asks for it, but in a short call, where nothing leaves."""
         return self.row_tiles == self.cluster_size
 
     @property

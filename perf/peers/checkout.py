@@ -3,6 +3,7 @@
 # Every peer has the same methods, whether it needs all their arguments or not.
 # ruff: noqa: ARG002
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from perf import machine
+from perf import calls, machine
 from perf.cases import Case
 from perf.inputs import Inputs
 from perf.peers.base import Peer, one_line
@@ -45,19 +46,17 @@ class Checkout(Peer):
         return None
 
     def prepare(self, inputs: Inputs, variant: str) -> Callable[[], Any]:
-        case, package = inputs.case, self._package()
-        plan = package.plan_decode(
-            inputs.seq_lens, num_heads_q=case.num_heads_q, seq_len_q=case.seq_len_q, num_heads_kv=case.num_heads_kv,
-            page_size=case.page_size, head_dim_qk=case.head_dim_qk, head_dim_v=case.head_dim_v, dtype=case.dtype, causal=case.causal,
-            backend=self._backend, max_seq_len=max(case.seq_lens))
-        return lambda: package.mla_decode(*inputs.arrays, head_dim_v=case.head_dim_v, causal=case.causal, plan=plan, backend=self._backend)
+        package = self._package()
+        plan = calls.make_plan(package, inputs, self._backend)
+        return lambda: calls.decode(package, inputs, plan, self._backend)
 
-    def result(self, raw: Any, inputs: Inputs) -> tuple[Any, Any]:
-        return raw[0], raw[1]
+    def result(self, raw: tuple[Any, Any], inputs: Inputs) -> tuple[Any, Any]:
+        return raw
 
     def _package(self) -> ModuleType:
         """Its `mla_numba`, imported once."""
-        name = f"mla_numba_of_{self._folder.name.replace('-', '_').replace('.', '_')}"
+        # Folders of one name are several packages.
+        name = f"mla_numba_of_{hashlib.sha256(str(self._folder).encode()).hexdigest()[:12]}"
         if name not in sys.modules:
             root = self._folder / "mla_numba"
             # Until 2026-11-29 backends and kernels were imported by the package's name: those of this checkout would run.

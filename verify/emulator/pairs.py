@@ -21,7 +21,8 @@ SHARE_PARTS, FEW_SHARE_PARTS = 8, 1
 @dataclass(frozen=True)
 class Schedule:
     """What decides, besides the case: the machine's chances, how many SMs the work is cut for, how merges are shared, and whether requests
-    come in jobs of 16 rows, as those of short calls do."""
+    come in jobs of 16 rows, as those of short calls do (not where queries
+    are ragged)."""
 
     seed: int
     num_sms: int = 2
