@@ -8,9 +8,10 @@ The work of a batch is laid end to end on one axis, job after job, each job `ove
 
 A worker walks whole jobs while they fit into its share, then takes a piece of the next one if at least `min_split_blocks` fit and
 at least as many remain (else it stops at the job's edge, or finishes the job). Continuing a job costs the overhead again. With a
-job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer. The share is the least
-that suffices, but of long jobs it is not of one block alone; it is found by trying, from the average up, on the device by a warp each.
-Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
+job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer; with NEVER_CUT none is cut, and
+nothing to be merged: a worker takes the jobs that fit into the average, or one that does not, the last one the rest. The share is the
+least that suffices, but of long jobs it is not of one block alone; it is found by trying, from the average up, on the device by a warp
+each. Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
 queries, and time: a warp takes a step per worker, in which it looks at 32 jobs, where FlashMLA's thread takes one per request.
@@ -54,6 +55,8 @@ REHEARSAL_BLOCKS = 2
 # the merge table.
 TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
+# An `uncut_blocks`; sums with it stay below 2**31.
+NEVER_CUT = 2**30
 # Shares that are tried at a time.
 MAX_TRIALS = 16
 # No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
@@ -172,6 +175,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         edge, next_edge = natural(axis[job]), natural(axis[next_job])
         first_block = natural(edge + overhead_blocks)
         # The work may end here; then both edges are the same.
+        if uncut_blocks >= NEVER_CUT:
+            return (next_edge, next_job) if begin == edge else (edge, job)
         takes_job = begin == edge and next_edge <= natural(first_block + uncut_blocks)
         if split_blocks > 0:
             if reach <= first_block:
@@ -199,7 +204,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             worker = natural(worker + 1)
         if lane == 0:
             begins[num_workers - 1] = begin
-        return natural(begin + share) >= natural(axis[num_jobs])
+        return natural(begin + share) >= natural(axis[num_jobs]) or uncut_blocks >= NEVER_CUT
 
     @jit
     def _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,

@@ -17,6 +17,7 @@ if cuda.config.ENABLE_CUDASIM:
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
+from mla_numba.scheduler import NEVER_CUT  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
 # A thread block's on compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
@@ -200,6 +201,15 @@ def test_short_calls_are_cut_as_suits_them(requests: int, queries: int, heads: i
     config = hopper_cut.schedule_config(shape, 132, max_seq_len)
     assert (hopper_cut.tiles_of(config), config.num_workers) == (tiles, workers)
     assert hopper_cut.is_for_kernels(config)
+
+
+@pytest.mark.parametrize(("requests", "heads", "max_seq_len", "batch_invariant", "is_never_cut"), [
+    (1, 16, 320, False, True), (1, 16, 321, False, False), (1, 16, None, False, False), (1, 16, 320, True, False),
+    (132, 16, 320, False, True), (133, 16, 320, False, False), (66, 128, 64, False, True), (67, 128, 64, False, False)])
+def test_short_jobs_are_never_cut_if_there_is_a_worker_for_each(requests: int, heads: int, max_seq_len: int | None, batch_invariant: bool,
+                                                                is_never_cut: bool) -> None:
+    shape = _shape(batch=requests, total_q=requests, num_heads_q=heads, batch_invariant=batch_invariant)
+    assert (hopper_cut.schedule_config(shape, 132, max_seq_len).uncut_blocks == NEVER_CUT) == is_never_cut
 
 
 @pytest.mark.parametrize(("requests", "heads", "workers"), [

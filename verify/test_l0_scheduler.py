@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from mla_numba.scheduler import (
     MERGE_Q_LEN,
     MERGE_ROW_BEGIN,
     MERGE_SHARE,
+    NEVER_CUT,
     REHEARSAL,
     TOTAL_EXTRA_SPLITS,
     TOTAL_JOBS,
@@ -148,7 +150,8 @@ def problems(draw):
     causal = draw(st.booleans(), label="causal")
     q_lens = draw(st.one_of(st.sampled_from([1, 2, 5]), st.lists(st.integers(0, 4), min_size=batch, max_size=batch)), label="q_lens")
     choices = dict(rows_per_job=[16, 64, 128], block_n=[32, 64], num_workers=[1, 2, 7, 66, 132], overhead_blocks=[1, 5],
-                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], uncut_blocks=[0, 5], merge_share_parts=[8, 8, 1, 3])
+                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], uncut_blocks=[0, 5, NEVER_CUT],
+                   merge_share_parts=[8, 8, 1, 3])
     config = ScheduleConfig(**{name: draw(st.sampled_from(values), label=name) for name, values in choices.items()})
     if isinstance(q_lens, list):
         cu_seqlens_q = _int32(np.cumsum([0, *q_lens]))
@@ -178,6 +181,22 @@ def test_workers_finish_together(problem):
     # What a worker may leave of its share, or pay again, and may take beyond its share.
     piece = max(config.min_split_blocks, config.split_blocks, config.uncut_blocks)
     assert load.max() <= ceil_div(total, config.num_workers) + 2 * config.overhead_blocks + 2 * piece
+
+
+@given(problems())
+def test_what_is_never_cut_is_one_piece(problem):
+    config, shape, lens, cu_seqlens_q = problem
+    schedule = make_host_schedule(replace(config, uncut_blocks=NEVER_CUT, split_blocks=0), shape, lens, cu_seqlens_q)
+    assert schedule.totals[TOTAL_EXTRA_SPLITS] == schedule.totals[TOTAL_MERGES] == schedule.num_slots == 0
+    walked = _pieces(schedule)
+    assert all(len(of_job) == 1 for of_job in walked.values())
+    if len(walked) <= config.num_workers:
+        # Nobody has more than a share, which is the mean, or one job.
+        loads = {}
+        for (begin, end, _, worker), in walked.values():
+            loads.setdefault(worker, []).append(end - begin + config.overhead_blocks)
+        share = max(ceil_div(sum(map(sum, loads.values())), config.num_workers), config.overhead_blocks + max(config.min_split_blocks, 2))
+        assert all(len(load) == 1 or sum(load) <= share for load in loads.values())
 
 
 @given(problems(), st.integers(0, 11))

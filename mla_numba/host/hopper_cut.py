@@ -12,6 +12,7 @@ from numba import cuda
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import INVARIANT_SPLIT_TOKENS
 from ..kernels.hopper_config import BLOCK_M, BLOCK_N, SWAPPED_ROWS
+from ..scheduler import NEVER_CUT
 
 # What starting a piece costs, in blocks of 64 tokens (two pieces of 4 blocks together took a worker 8 us longer than one of 6, H100); the
 # fewest blocks that are worth it; and how many are sooner attended by one worker than merged (4 blocks: 19.5 us whole, 23.9 in two pieces).
@@ -70,14 +71,25 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
         overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
         if 2 * shape.batch * shape.num_heads_kv >= num_sms:
             overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
+    num_workers = _num_workers(shape, rows_per_job, num_sms // (team * shape.num_heads_kv), num_blocks)
+    uncut_blocks = _UNCUT_BLOCKS
+    is_short = num_blocks is not None and num_blocks <= _UNCUT_BLOCKS and not shape.batch_invariant
+    if is_short and _num_jobs(shape, rows_per_job) <= num_workers:
+        # No merge is launched then (5% less), and a request that is longer than was told is its worker's alone.
+        uncut_blocks = NEVER_CUT
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
-                          num_workers=_num_workers(shape, rows_per_job, num_sms // (team * shape.num_heads_kv), num_blocks),
-                          uncut_blocks=_UNCUT_BLOCKS, split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
+                          num_workers=num_workers, uncut_blocks=uncut_blocks,
+                          split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 
 def _num_rows(shape: DecodeShape) -> int:
     """Packed rows of a request and KV head."""
     return max(shape.seq_len_q, 1) * shape.heads_per_kv
+
+
+def _num_jobs(shape: DecodeShape, rows_per_job: int) -> int:
+    """Of a KV head."""
+    return shape.batch * ceil_div(_num_rows(shape), rows_per_job)
 
 
 def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple[int, int]:
@@ -100,7 +112,7 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     most = max(most, 1)
     if shape.ragged:
         return most
-    num_jobs, is_one_tile = shape.batch * ceil_div(_num_rows(shape), rows_per_job), rows_per_job <= BLOCK_M
+    num_jobs, is_one_tile = _num_jobs(shape, rows_per_job), rows_per_job <= BLOCK_M
     shares = _OF_16_ROWS if rows_per_job == min(SWAPPED_ROWS) else _OF_ONE_TILE if is_one_tile else _OF_MORE
     # For each worker if all take part.
     blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most

@@ -14,6 +14,7 @@ from ..scheduler import (
     MAX_TRIALS,
     MERGE_COLUMNS,
     MERGE_MAX_SHARES,
+    NEVER_CUT,
     NUM_TOTALS,
     TOTAL_EXTRA_SPLITS,
     WORKER_COLUMNS,
@@ -104,7 +105,8 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     places, num_words = _layout(config, shape)
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
-    schedule = Schedule(config, memory, places, addresses, num_partial_slots(config.num_workers - 1))
+    extra_splits = 0 if config.uncut_blocks >= NEVER_CUT else config.num_workers - 1
+    schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits))
     build(schedule)
     if config.split_blocks > 0:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
