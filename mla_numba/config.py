@@ -52,10 +52,12 @@ class ScheduleConfig:
     min_split_blocks: int   # no piece of a split job is shorter
     split_blocks: int = 0   # 0: cut where the balance wants it; else cut every job at these multiples (batch_invariant)
     uncut_blocks: int = 0   # a job of no more is left whole by a worker that begins with it
-    merge_share_parts: int = 8  # of a job in more pieces several thread blocks share a part of the merge
+    merge_alone_parts: int = 8  # of a job in more pieces several thread blocks share a part of the merge,
+    merge_share_parts: int = 8  # so that each has no more of them than this
 
     def __post_init__(self) -> None:
-        for name in ("rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks", "merge_share_parts"):
+        for name in ("rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks", "merge_alone_parts",
+                     "merge_share_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("split_blocks", "uncut_blocks"):

@@ -38,9 +38,9 @@ NOT_SPLIT = -1
 BEGIN_JOB, END_JOB, BEGIN_BLOCK, END_BLOCK, BEGIN_SPLIT, FIRST_IS_SPLIT, LAST_IS_SPLIT = range(7)
 WORKER_COLUMNS = 8
 # Columns of the merge table, int32 (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS): of each job of MERGE_LEAST_PARTS pieces or more as
-# many rows, equal but for the share, as thread blocks should share what one does of a job in few pieces: 1, 2, 4 or 8, so that each
-# has `merge_share_parts` pieces or fewer, if it can be. A row has all that merging needs. (Of two pieces the later one's worker can merge
-# both as it ends.)
+# many rows, equal but for the share, as thread blocks should share what one does of a job in `merge_alone_parts` pieces or fewer: 2, 4
+# or 8, so that each has `merge_share_parts` or fewer, if it can be. A row has all that merging needs. (Of two pieces the later one's
+# worker can merge both as it ends.)
 MERGE_LEAST_PARTS = 3
 MERGE_MAX_SHARES = 8
 (MERGE_FIRST_SLOT, MERGE_NUM_PARTS, MERGE_Q_BATCH, MERGE_Q_BEGIN, MERGE_Q_LEN, MERGE_ROW_BEGIN, MERGE_SHARE,
@@ -270,12 +270,12 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         workers[worker, WORKER_COLUMNS - 1] = 0
 
     @jit
-    def _merge_shares(num_parts, merge_share_parts):
+    def _merge_shares(num_parts, merge_alone_parts, merge_share_parts):
         """Rows that a job of so many pieces has in the merge table."""
         if num_parts < MERGE_LEAST_PARTS:
             return 0
         shares = 1
-        while shares < MERGE_MAX_SHARES and num_parts > shares * merge_share_parts:
+        while shares < MERGE_MAX_SHARES and num_parts > max(shares * merge_share_parts, merge_alone_parts):
             shares *= 2
         return shares
 
@@ -318,8 +318,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_share_parts, jobs, axis, trials,
-              num_splits, workers, starts, merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_alone_parts, merge_share_parts, jobs,
+              axis, trials, num_splits, workers, starts, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -392,10 +392,10 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             jobs[job, JOB_NUM_PARTS] = num_parts
             if num_parts > 1:
                 jobs[job, JOB_FIRST_SLOT] = slot_of(num_splits, job, 0)
-            count += _merge_shares(num_parts, merge_share_parts)
+            count += _merge_shares(num_parts, merge_alone_parts, merge_share_parts)
         row, total_merges = _scan(thread, num_threads, sums, count)
         for job in range(begin, end):
-            num_shares = _merge_shares(jobs[job, JOB_NUM_PARTS], merge_share_parts)
+            num_shares = _merge_shares(jobs[job, JOB_NUM_PARTS], merge_alone_parts, merge_share_parts)
             for share in range(num_shares):
                 _fill_merge(merges, row, jobs, job, share, num_shares)
                 row += 1

@@ -207,7 +207,7 @@ def test_failure_prints_a_line_that_runs_it_again() -> None:
     with pytest.raises(PairFailure) as failure:
         check(case, Schedule(3, num_sms), {mutant.module: [(mutant.old, mutant.new)]})
     assert failure.value.kind == "wrong"
-    assert str(failure.value).endswith(f'python -m verify.emulator replay "{case}" --seed 3 --num-sms {num_sms} --share-parts 8')
+    assert str(failure.value).endswith(f'python -m verify.emulator replay "{case}" --seed 3 --num-sms {num_sms}')
 
 
 def test_edit_that_fits_no_place_is_refused() -> None:

@@ -212,6 +212,14 @@ def test_short_jobs_are_never_cut_if_there_is_a_worker_for_each(requests: int, h
     assert (hopper_cut.schedule_config(shape, 132, max_seq_len).uncut_blocks == NEVER_CUT) == is_never_cut
 
 
+@pytest.mark.parametrize(("heads", "max_seq_len", "batch_invariant", "pieces"), [
+    (16, 1024, False, 2), (128, 1024, False, 2), (16, 1024, True, 4), (16, None, False, 4), (16, 65536, False, 4), (32, 65536, False, 4),
+    (64, 8192, False, 8), (128, 8192, False, 8)])
+def test_a_merge_of_few_rows_is_shared_by_more(heads: int, max_seq_len: int | None, batch_invariant: bool, pieces: int) -> None:
+    config = hopper_cut.schedule_config(_shape(num_heads_q=heads, batch_invariant=batch_invariant), 132, max_seq_len)
+    assert (config.merge_alone_parts, config.merge_share_parts) == (8, pieces)
+
+
 @pytest.mark.parametrize(("requests", "heads", "workers"), [
     (1, 16, 106), (33, 16, 106), (34, 16, 132), (1, 64, 128), (16, 128, 64), (17, 128, 66)])
 def test_where_nobody_knows_the_lengths_the_merge_kernel_has_sms(requests: int, heads: int, workers: int) -> None:

@@ -243,8 +243,8 @@ def test_a_call_without_a_plan_is_repeated_too(run, ragged):
     assert [launch[0].partition("-")[0] for launch in launches] == ["schedule", "hopper_decode", "hopper_merge"]
     plan, decode, merge = (launch[4] for launch in launches)
     # Arrays: two owners, size, bytes of an element, address, shape, strides. Addresses of the lengths, of the offsets, of `jobs`.
-    assert (plan[4], plan[11]) == (67 * _MB, (72 if ragged else 67) * _MB) and begin < plan[29] <= run.library.next
-    assert decode[0] == plan[29] and merge[1] - merge[0] > 0
+    assert (plan[4], plan[11]) == (67 * _MB, (72 if ragged else 67) * _MB) and begin < plan[30] <= run.library.next
+    assert decode[0] == plan[30] and merge[1] - merge[0] > 0
     api._prepared_calls().clear()
     run.library.next = begin
     assert run(inputs(64 * _MB), planned=False)[1] == launches

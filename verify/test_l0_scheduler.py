@@ -108,7 +108,7 @@ def _check(schedule, shape):
     rows = iter(schedule.merges[:schedule.totals[TOTAL_MERGES]])
     for job, walked in sorted(pieces.items()):
         shares = 1
-        while len(walked) > shares * config.merge_share_parts and shares < MERGE_MAX_SHARES:
+        while len(walked) > max(shares * config.merge_share_parts, config.merge_alone_parts) and shares < MERGE_MAX_SHARES:
             shares *= 2
         for share in range(shares if len(walked) >= MERGE_LEAST_PARTS else 0):
             row = next(rows)
@@ -117,7 +117,7 @@ def _check(schedule, shape):
             for column, of_job in _MERGE_COPIES.items():
                 assert row[column] == schedule.jobs[job, of_job]
     assert next(rows, None) is None
-    if config.merge_share_parts >= 4:
+    if config.merge_alone_parts == 8 and config.merge_share_parts >= 4:
         # What hopper sizes the merge's grid by.
         assert schedule.totals[TOTAL_MERGES] <= min(schedule.num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     if not config.split_blocks:
@@ -151,7 +151,7 @@ def problems(draw):
     q_lens = draw(st.one_of(st.sampled_from([1, 2, 5]), st.lists(st.integers(0, 4), min_size=batch, max_size=batch)), label="q_lens")
     choices = dict(rows_per_job=[16, 64, 128], block_n=[32, 64], num_workers=[1, 2, 7, 66, 132], overhead_blocks=[1, 5],
                    min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], uncut_blocks=[0, 5, NEVER_CUT],
-                   merge_share_parts=[8, 8, 1, 3])
+                   merge_alone_parts=[8, 8, 1], merge_share_parts=[8, 4, 2, 1, 3])
     config = ScheduleConfig(**{name: draw(st.sampled_from(values), label=name) for name, values in choices.items()})
     if isinstance(q_lens, list):
         cu_seqlens_q = _int32(np.cumsum([0, *q_lens]))
@@ -281,7 +281,8 @@ def test_lengths_near_2_31_do_not_overflow():
     assert schedule.jobs[0, JOB_NUM_BLOCKS] == 2**25
 
 
-@pytest.mark.parametrize("field", ["rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks", "merge_share_parts"])
+@pytest.mark.parametrize("field", ["rows_per_job", "block_n", "num_workers", "overhead_blocks", "min_split_blocks", "merge_alone_parts",
+                                   "merge_share_parts"])
 def test_config_rules(field):
     values = dict(rows_per_job=64, block_n=64, num_workers=1, overhead_blocks=1, min_split_blocks=1)
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):

@@ -29,6 +29,10 @@ _MAX_TEAM = 4
 # is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more). If
 # jobs have few blocks there is less to merge, too, and they may be twice as many (16 x 320 tokens: 19.6 us -> 15.3).
 _BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 3, 8
+# Pieces of a warp of the merge, where a job has more than the 8 that a warp adds up alone. Of few rows the warp has 4 of, their loads one
+# latency instead of two (5 to 7% less of 16 heads x 1,024 tokens; of 64 rows 4 to 7% more, as blocks are too many); 2 where half of the
+# SMs are the merge's (7% less of that again; 3 to 7% more where they are not).
+_MERGE_SHARE_PARTS, _MERGE_SHARE_PARTS_OF_FEW_ROWS, _MERGE_SHARE_PARTS_OF_HALF = 8, 4, 2
 
 
 class _Shares(NamedTuple):
@@ -71,14 +75,20 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
         overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
         if 2 * shape.batch * shape.num_heads_kv >= num_sms:
             overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
-    num_workers = _num_workers(shape, rows_per_job, num_sms // (team * shape.num_heads_kv), num_blocks)
+    most_workers = max(num_sms // (team * shape.num_heads_kv), 1)
+    num_workers = _num_workers(shape, rows_per_job, most_workers, num_blocks)
     uncut_blocks = _UNCUT_BLOCKS
     is_short = num_blocks is not None and num_blocks <= _UNCUT_BLOCKS and not shape.batch_invariant
     if is_short and _num_jobs(shape, rows_per_job) <= num_workers:
         # No merge is launched then (5% less), and a request that is longer than was told is its worker's alone.
         uncut_blocks = NEVER_CUT
+    merge_share_parts = _MERGE_SHARE_PARTS
+    if rows_per_job in SWAPPED_ROWS:
+        # Under batch_invariant the order of a sum is the same whatever the batch leaves idle.
+        has_half = num_workers <= most_workers - most_workers // 2 and not shape.batch_invariant
+        merge_share_parts = _MERGE_SHARE_PARTS_OF_HALF if has_half else _MERGE_SHARE_PARTS_OF_FEW_ROWS
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
-                          num_workers=num_workers, uncut_blocks=uncut_blocks,
+                          num_workers=num_workers, uncut_blocks=uncut_blocks, merge_share_parts=merge_share_parts,
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
 
 
@@ -109,7 +119,6 @@ def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple
 
 def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None) -> int:
     """How many of the workers that fit the machine share the jobs of a KV head: one for each job at least."""
-    most = max(most, 1)
     if shape.ragged:
         return most
     num_jobs, is_one_tile = _num_jobs(shape, rows_per_job), rows_per_job <= BLOCK_M

@@ -82,7 +82,7 @@ def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ..
     """Of `scheduler.build`, between the lengths and the tables."""
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
             config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.uncut_blocks,
-            config.merge_share_parts)
+            config.merge_alone_parts, config.merge_share_parts)
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:

@@ -16,7 +16,7 @@ from rich.table import Table
 from verify.cases import MLACase
 
 from .mutants import MUTANTS
-from .pairs import SHARE_PARTS, PairFailure, Schedule, check, pairs
+from .pairs import PairFailure, Schedule, check, pairs
 from .timeline import draw, record
 
 PROFILES = {"quick": 200, "default": 1000, "deep": 5000}
@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     replay.add_argument("case", help="'MLACase(seq_lens=(65,), ...)'")
     replay.add_argument("--seed", type=int, default=0, help="of the machine (default: %(default)s)")
     replay.add_argument("--num-sms", type=int, default=2, help="the work is cut for so many (default: %(default)s)")
-    replay.add_argument("--share-parts", type=int, default=SHARE_PARTS, help="pieces from which on thread blocks share a merge")
+    replay.add_argument("--share-parts", type=int, help="pieces of a merge's block, at most (default: as the backend has it)")
     replay.add_argument("--small-tiles", action="store_true", help="jobs of 16 rows, however many a request has")
     mutants = commands.add_parser("mutants", help="is every planted bug found?")
     mutants.add_argument("--name", help="only those with this in their name")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from verify.cases import MLACase
 
 from .findings import Finding
-from .pairs import FEW_SHARE_PARTS, SHARE_PARTS, PairFailure, Schedule, check
+from .pairs import FEW_SHARE_PARTS, PairFailure, Schedule, check
 
 _DECODE, _STREAM, _SEESAW, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG, _SWAPPED, _SWAPPED_STORE = (
     f"mla_numba.kernels.hopper_{part}"
@@ -59,7 +59,7 @@ class Mutant:
     new: str
     cases: tuple[tuple[MLACase, int], ...] = (ONE, PAIR)
     also: tuple[tuple[str, str], ...] = ()
-    share_parts: int = SHARE_PARTS
+    share_parts: int | None = None
 
     def run(self) -> tuple[str, str, int]:
         """(kind, message, pairs run) of the first failure; kind is "" if there was none."""
