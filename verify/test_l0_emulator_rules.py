@@ -689,6 +689,19 @@ def test_grid_that_does_not_wait_is_found() -> None:
         kit.gpu.machine.run()
 
 
+def test_one_block_of_a_grid_may_wait_for_all() -> None:
+    kit = Kit(0)
+
+    def kernel() -> None:
+        kit.ptx.griddepcontrol_launch_dependents()
+        if kit.cuda.blockIdx.x == 1:
+            kit.ptx.griddepcontrol_wait()
+
+    for _ in range(2):
+        kit.gpu.machine.launch(kernel, "kernel", (2, 1, 1), 32, 0, 0, ())
+    kit.gpu.machine.run()
+
+
 def test_dependent_grid_may_start_early_and_waits_for_all() -> None:
     """Over some seeds the second grid begins before the first has ended, and after its wait has always seen what it wrote."""
     early = 0

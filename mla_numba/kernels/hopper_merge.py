@@ -367,7 +367,8 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                 cuda.syncthreads()
                 merge = load_row(merges, row, MERGE_COLUMNS, i32(lane))
                 num_parts = u32(column(merge, MERGE_NUM_PARTS))
-        # Also where there was nothing to do: a grid that ends without having waited lets the next one start before the decode has ended.
-        ptx.griddepcontrol_wait()
+        if u32(cuda.blockIdx.x) + u32(cuda.blockIdx.y) + u32(cuda.blockIdx.z) == 0:
+            # One block for all, with work or without: if none waited, the next grid could start before the decode has ended.
+            ptx.griddepcontrol_wait()
 
     return hopper_merge

@@ -625,7 +625,7 @@ class Instructions:
         machine = self._machine
         thread = machine.current
         grid = thread.block.grid
-        thread.block.waited = True
+        grid.waited = True
         if not machine.grids_before_ended(grid):
             grid.waiting.append(thread)
             machine.wait(lambda: "the grids before this one")

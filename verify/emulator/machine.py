@@ -148,7 +148,6 @@ class Block:
         self.num_mbarriers = 0
         self.named: dict[int, Any] = {}
         self.triggered = False
-        self.waited = False
         # Threads that wait for registers.
         self.register_queue: list[Thread] = []
 
@@ -199,6 +198,8 @@ class Grid:
         machine.rng.shuffle(self.to_start)
         self.left = self.untriggered = shape[0] * shape[1] * shape[2]
         self.waiting: list[Thread] = []
+        # Whether one of its blocks has waited for the grids before it.
+        self.waited = False
 
     @property
     def ended(self) -> bool:
@@ -460,13 +461,13 @@ class Machine:
         grid = block.grid
         for address, barrier in block.mbarriers.items():
             barrier.require_idle(address)
-        if grid.programmatic and grid.number > 0 and not block.waited:
-            raise Finding("grid", f"{block.name} ended without griddepcontrol.wait: what is launched after it may start before the grids "
-                          "before it have ended")
         self.trigger(block)
         grid.left -= 1
         self._resident.remove(block)
         if grid.ended:
+            if grid.programmatic and grid.number > 0 and not grid.waited:
+                raise Finding("grid", f"{grid.name} ended without griddepcontrol.wait: what is launched after it may start before the "
+                              "grids before it have ended")
             # In stream order: a grid has ended, to those that wait, when the ones before it have too.
             for later in self.grids[grid.number + 1:]:
                 if all(other.ended for other in self.grids[:later.number]):

@@ -281,7 +281,7 @@ MUTANTS = (
            cases=(MANY,)),
     Mutant("parts awaited by one warp only", _MERGE, "                # All warps: the parts are there.\n"
            "                cuda.syncthreads()\n", "", cases=(MANY,)),
-    Mutant("merge ends without having waited", _MERGE, *_without("        ptx.griddepcontrol_wait()"), cases=(PAIR,)),
+    Mutant("merge ends without having waited", _MERGE, *_without("            ptx.griddepcontrol_wait()"), cases=(PAIR,)),
     Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, (MANY,),
            share_parts=FEW_SHARE_PARTS),
     Mutant("merge acts on a word that is not there", _MERGE, "are there, and the table's row.\n            cuda.syncthreads()\n",
