@@ -29,9 +29,9 @@ _MAX_TEAM = 4
 # is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more). If
 # jobs have few blocks there is less to merge, too, and they may be twice as many (16 x 320 tokens: 19.6 us -> 15.3).
 _BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 3, 8
-# Pieces of a warp of the merge, where a job has more than the 8 that a warp adds up alone. Of few rows the warp has 4 of, their loads one
-# latency instead of two (5 to 7% less of 16 heads x 1,024 tokens; of 64 rows 4 to 7% more, as blocks are too many); 2 where half of the
-# SMs are the merge's (7% less of that again; 3 to 7% more where they are not).
+# Pieces that a warp of the merge adds up, where a job has more than the 8 of a warp alone. Of few rows 4, whose loads take one latency, not
+# two (5 to 7% less of 16 heads x 1,024 tokens; of 64 rows 4 to 7% more, as blocks are too many); 2 where half of the SMs are its own (7%
+# less of that again; 3 to 7% more where they are not).
 _MERGE_SHARE_PARTS, _MERGE_SHARE_PARTS_OF_FEW_ROWS, _MERGE_SHARE_PARTS_OF_HALF = 8, 4, 2
 
 
@@ -77,19 +77,10 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
             overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
     most_workers = max(num_sms // (team * shape.num_heads_kv), 1)
     num_workers = _num_workers(shape, rows_per_job, most_workers, num_blocks)
-    uncut_blocks = _UNCUT_BLOCKS
-    is_short = num_blocks is not None and num_blocks <= _UNCUT_BLOCKS and not shape.batch_invariant
-    if is_short and _num_jobs(shape, rows_per_job) <= num_workers:
-        # No merge is launched then (5% less), and a request that is longer than was told is its worker's alone.
-        uncut_blocks = NEVER_CUT
-    merge_share_parts = _MERGE_SHARE_PARTS
-    if rows_per_job in SWAPPED_ROWS:
-        # Under batch_invariant the order of a sum is the same whatever the batch leaves idle.
-        has_half = num_workers <= most_workers - most_workers // 2 and not shape.batch_invariant
-        merge_share_parts = _MERGE_SHARE_PARTS_OF_HALF if has_half else _MERGE_SHARE_PARTS_OF_FEW_ROWS
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
-                          num_workers=num_workers, uncut_blocks=uncut_blocks, merge_share_parts=merge_share_parts,
-                          split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0)
+                          num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, num_workers, num_blocks),
+                          split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0,
+                          merge_share_parts=_merge_share_parts(shape, rows_per_job, num_workers, most_workers))
 
 
 def _num_rows(shape: DecodeShape) -> int:
@@ -135,6 +126,21 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     elif 4 * num_jobs <= most and not (shares is _OF_16_ROWS and _BLOCKS_OF_16_ROWS < blocks < math.inf):
         workers = most - most // shares.left_out
     return min(most, max(workers, num_jobs, 1))
+
+
+def _uncut_blocks(shape: DecodeShape, rows_per_job: int, num_workers: int, num_blocks: int | None) -> int:
+    """No job of so many is cut: of any number, if all are known to be short, and there is a worker for each. Then no merge is launched (5%
+    less), and a request that is longer than was told is its worker's alone."""
+    is_short = num_blocks is not None and num_blocks <= _UNCUT_BLOCKS and not shape.batch_invariant
+    return NEVER_CUT if is_short and _num_jobs(shape, rows_per_job) <= num_workers else _UNCUT_BLOCKS
+
+
+def _merge_share_parts(shape: DecodeShape, rows_per_job: int, num_workers: int, most_workers: int) -> int:
+    if rows_per_job not in SWAPPED_ROWS:
+        return _MERGE_SHARE_PARTS
+    # Not under batch_invariant, where the order of a sum may not follow from what the batch leaves idle.
+    has_half = num_workers <= most_workers - most_workers // 2 and not shape.batch_invariant
+    return _MERGE_SHARE_PARTS_OF_HALF if has_half else _MERGE_SHARE_PARTS_OF_FEW_ROWS
 
 
 def tiles_of(config: ScheduleConfig) -> tuple[int, int]:
