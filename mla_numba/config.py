@@ -36,6 +36,10 @@ class DecodeShape:
         """Query heads that share one KV head; query token s and head h of a group form packed row s * heads_per_kv + h."""
         return self.num_heads_q // self.num_heads_kv
 
+    def num_jobs(self, rows_per_job: int) -> int:
+        """Of uniform queries, for each KV head."""
+        return self.batch * ceil_div(self.seq_len_q * self.heads_per_kv, rows_per_job)
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -51,7 +55,7 @@ class ScheduleConfig:
     overhead_blocks: int    # what starting a job costs, in KV blocks
     min_split_blocks: int   # no piece of a split job is shorter
     split_blocks: int = 0   # 0: cut where the balance wants it; else cut every job at these multiples (batch_invariant)
-    uncut_blocks: int = 0   # a job of no more is left whole by a worker that begins with it
+    uncut_blocks: int = 0   # a job of no more is left whole by a worker that begins with it; scheduler.NEVER_CUT: none is cut
     merge_alone_parts: int = 8  # of a job in more pieces several thread blocks share a part of the merge,
     merge_share_parts: int = 8  # so that each has no more of them than this
 
@@ -68,4 +72,4 @@ class ScheduleConfig:
         """Rows that the job table needs, from shapes alone (a ragged batch may use fewer)."""
         if shape.ragged:
             return max(shape.batch + shape.total_q * shape.heads_per_kv // self.rows_per_job, 1)
-        return shape.batch * ceil_div(shape.seq_len_q * shape.heads_per_kv, self.rows_per_job)
+        return shape.num_jobs(self.rows_per_job)

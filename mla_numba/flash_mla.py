@@ -150,6 +150,7 @@ def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache
     kv_view, table, lens = view(k_cache, "kv_cache"), view(block_table, "block_table"), view(cache_seqlens, "seq_lens")
     shape = validate.decode_shape(view(q, "q"), kv_view, table, lens, None, validate.require_count(head_dim_v, "head_dim_v"),
                                   validate.require_flag(causal, "causal"), False)
+    # 0 would say that queries are ragged.
     validate.require_count(shape.seq_len_q, "seq_len_q")
     name = choose_backend("auto", shape, lens.device, kv_view)
     with on_device(lens.device):

@@ -1,6 +1,7 @@
-"""How the `hopper` backend cuts its work, as far as the host decides it: the rows of a job, and how many workers share the jobs.
+"""How the `hopper` backend cuts its work, as far as the host decides it: the rows of a job, how many workers share the jobs, whether any is
+cut, and how a merge is shared.
 
-Kernel and grid follow from both, so they are chosen before a kernel has read the lengths: by the shape and, where the caller tells, by the
+Kernels and grids follow from that, so it is chosen before a kernel has read the lengths: by the shape and, where the caller tells, by the
 longest request. The rest is `scheduler`'s. Times are an H200's.
 """
 
@@ -75,33 +76,33 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
         overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS_OF_ONE_TILE, _MIN_SPLIT_BLOCKS_OF_ONE_TILE
         if 2 * shape.batch * shape.num_heads_kv >= num_sms:
             overhead_blocks = _OVERHEAD_BLOCKS_AT_MEMORY
-    most_workers = max(num_sms // (team * shape.num_heads_kv), 1)
-    num_workers = _num_workers(shape, rows_per_job, most_workers, num_blocks)
+    most = max(num_sms // (team * shape.num_heads_kv), 1)
+    num_workers = _num_workers(shape, rows_per_job, most, num_blocks)
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
                           num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, num_workers, num_blocks),
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0,
-                          merge_share_parts=_merge_share_parts(shape, rows_per_job, num_workers, most_workers))
+                          merge_share_parts=_merge_share_parts(shape, rows_per_job, num_workers, most))
 
 
-def _num_rows(shape: DecodeShape) -> int:
-    """Packed rows of a request and KV head."""
-    return max(shape.seq_len_q, 1) * shape.heads_per_kv
+def _is_short(num_blocks: int | None) -> bool:
+    """Whether all jobs are known to be sooner attended whole than merged."""
+    return num_blocks is not None and num_blocks <= _UNCUT_BLOCKS
 
 
-def _num_jobs(shape: DecodeShape, rows_per_job: int) -> int:
-    """Of a KV head."""
-    return shape.batch * ceil_div(_num_rows(shape), rows_per_job)
+def _half(most: int) -> int:
+    return most - most // 2
 
 
 def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple[int, int]:
     """(Rows of a job, row tiles that walk it together.) No request has more than `num_blocks` blocks, if that is known."""
-    num_rows, least_rows = _num_rows(shape), min(SWAPPED_ROWS)
+    # Packed rows of a request and KV head.
+    num_rows, least_rows = max(shape.seq_len_q, 1) * shape.heads_per_kv, min(SWAPPED_ROWS)
     team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
     if shape.ragged:
         return team * BLOCK_M, team
     # Not under batch_invariant: the bits of a row are another kernel's then.
     if num_blocks is not None and not shape.batch_invariant:
-        num_jobs = shape.batch * shape.num_heads_kv * ceil_div(num_rows, least_rows)
+        num_jobs = shape.num_jobs(least_rows) * shape.num_heads_kv
         most_blocks = _BLOCKS_OF_SMALL_TILES * (2 if num_blocks <= _FEW_BLOCKS else 1) * num_sms
         if num_jobs <= num_sms and num_jobs * num_blocks <= most_blocks:
             return least_rows, 1
@@ -112,15 +113,15 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     """How many of the workers that fit the machine share the jobs of a KV head: one for each job at least."""
     if shape.ragged:
         return most
-    num_jobs, is_one_tile = _num_jobs(shape, rows_per_job), rows_per_job <= BLOCK_M
+    num_jobs, is_one_tile = shape.num_jobs(rows_per_job), rows_per_job <= BLOCK_M
     shares = _OF_16_ROWS if rows_per_job == min(SWAPPED_ROWS) else _OF_ONE_TILE if is_one_tile else _OF_MORE
     # For each worker if all take part.
     blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most
     workers = most
-    if num_blocks is not None and num_blocks <= _UNCUT_BLOCKS:
+    if _is_short(num_blocks):
         workers = num_jobs
     elif blocks <= shares.half_blocks:
-        workers = most - most // 2
+        workers = _half(most)
     elif num_jobs == 1 and is_one_tile and blocks <= _BLOCKS_OF_ONE_JOB:
         workers = most - most // _LEFT_OUT_OF_ONE_JOB
     elif 4 * num_jobs <= most and not (shares is _OF_16_ROWS and _BLOCKS_OF_16_ROWS < blocks < math.inf):
@@ -131,15 +132,15 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
 def _uncut_blocks(shape: DecodeShape, rows_per_job: int, num_workers: int, num_blocks: int | None) -> int:
     """No job of so many is cut: of any number, if all are known to be short, and there is a worker for each. Then no merge is launched (5%
     less), and a request that is longer than was told is its worker's alone."""
-    is_short = num_blocks is not None and num_blocks <= _UNCUT_BLOCKS and not shape.batch_invariant
-    return NEVER_CUT if is_short and _num_jobs(shape, rows_per_job) <= num_workers else _UNCUT_BLOCKS
+    is_each_ones = _is_short(num_blocks) and shape.num_jobs(rows_per_job) <= num_workers
+    return NEVER_CUT if is_each_ones and not shape.batch_invariant else _UNCUT_BLOCKS
 
 
-def _merge_share_parts(shape: DecodeShape, rows_per_job: int, num_workers: int, most_workers: int) -> int:
+def _merge_share_parts(shape: DecodeShape, rows_per_job: int, num_workers: int, most: int) -> int:
     if rows_per_job not in SWAPPED_ROWS:
         return _MERGE_SHARE_PARTS
     # Not under batch_invariant, where the order of a sum may not follow from what the batch leaves idle.
-    has_half = num_workers <= most_workers - most_workers // 2 and not shape.batch_invariant
+    has_half = num_workers <= _half(most) and not shape.batch_invariant
     return _MERGE_SHARE_PARTS_OF_HALF if has_half else _MERGE_SHARE_PARTS_OF_FEW_ROWS
 
 

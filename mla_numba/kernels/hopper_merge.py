@@ -24,7 +24,8 @@ parts, the more blocks share (the table says):
     4        2                  4                 every 4th
     8        1                  8                 every 8th: 8 of 64
 
-and where a pair has several warps, the first adds up what they found. What decides the order of a sum is the job's number of parts alone.
+and where a pair has several warps, the first adds up what they found. What decides the order of a sum is the job's number of parts and how
+the plan shares merges, which under batch_invariant follows from the kernel.
 
 The grid is (8 pairs, half of O and 16 rows of a job; KV heads; rows of the merge table), as many of the last as fit on the machine, of a
 bound that the host knows without the lengths; a block that has done its item goes on to the same of a later row. The grid is launched
