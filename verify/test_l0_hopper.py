@@ -175,23 +175,26 @@ def test_tiles_of_a_ragged_batch_have_64_rows(heads: int) -> None:
 
 
 @pytest.mark.parametrize(("requests", "queries", "heads", "kv_heads", "max_seq_len", "tiles", "workers"), [
-    # Three blocks of 16 rows for each of 132 SMs: 49 of 128 heads.
-    (1, 1, 128, 1, 49 * 64, (1, 16), 106), (1, 1, 128, 1, 49 * 64 + 1, (2, 64), 33), (1, 1, 128, 1, 1024, (1, 16), 66),
-    (4, 1, 128, 2, 768, (1, 16), 53), (4, 1, 128, 2, 769, (1, 64), 33), (1, 2, 128, 1, 1024, (1, 16), 106),
+    # Four blocks of 16 rows for each of 132 SMs: 66 of 128 heads. If three, all but some workers, for the merge.
+    (1, 1, 128, 1, 66 * 64, (1, 16), 132), (1, 1, 128, 1, 66 * 64 + 1, (2, 64), 33), (1, 1, 128, 1, 1024, (1, 16), 66),
+    (1, 1, 128, 1, 49 * 64, (1, 16), 106), (1, 1, 128, 1, 49 * 64 + 1, (1, 16), 132),
+    (4, 1, 128, 2, 1024, (1, 16), 66), (4, 1, 128, 2, 1025, (1, 64), 33), (1, 2, 128, 1, 1024, (1, 16), 106),
     (1, 1, 64, 1, 1024, (1, 16), 66),
     # Jobs that nobody will cut: a worker each.
     (1, 1, 128, 1, 320, (1, 16), 8), (1, 1, 128, 1, 0, (1, 16), 8), (33, 1, 128, 1, 320, (2, 64), 33), (100, 1, 128, 1, 320, (2, 64), 66),
     (16, 1, 128, 1, 320, (1, 16), 128), (17, 1, 128, 1, 64, (2, 64), 17), (90, 1, 16, 1, 320, (1, 16), 90),
     (150, 1, 16, 1, 320, (1, 16), 132),
-    # Six of jobs of eight blocks or fewer.
-    (12, 1, 128, 1, 512, (1, 16), 132), (12, 1, 128, 1, 513, (2, 64), 33), (13, 1, 128, 1, 512, (2, 64), 33),
+    # Any number of blocks of jobs of eight or fewer; a worker for each, if more than half of the workers have one.
+    (8, 1, 128, 1, 512, (1, 16), 132), (9, 1, 128, 1, 512, (1, 16), 72), (16, 1, 128, 1, 512, (1, 16), 128),
+    (9, 1, 128, 1, 513, (2, 64), 33), (17, 1, 128, 1, 512, (2, 64), 33), (64, 2, 16, 1, 512, (1, 16), 128),
     # Half of them where each would have four blocks, two of one row tile, one of 16 rows.
     (4, 1, 128, 1, 66 * 64, (2, 64), 33), (4, 1, 128, 1, 66 * 64 + 1, (2, 64), 64), (40, 1, 128, 1, 384, (2, 64), 40),
-    (4, 1, 64, 1, 66 * 64, (1, 64), 66), (4, 1, 64, 1, 66 * 64 + 1, (1, 64), 128), (1, 2, 16, 1, 16384, (1, 32), 66),
+    (4, 1, 64, 1, 66 * 64, (1, 64), 66), (4, 1, 64, 1, 66 * 64 + 1, (1, 64), 128), (2, 1, 64, 1, 66 * 64 + 1, (1, 64), 66),
     (22, 1, 16, 1, 384, (1, 16), 66), (1, 1, 16, 1, 8192, (1, 16), 66), (2, 1, 16, 1, 4225, (1, 16), 106),
     # Two thirds of one row tile alone.
     (1, 1, 16, 1, 8449, (1, 16), 88), (1, 1, 16, 1, 8 * 132 * 64, (1, 16), 88), (1, 1, 16, 1, 8 * 132 * 64 + 1, (1, 16), 106),
-    (1, 1, 64, 1, 32768, (1, 64), 88), (2, 1, 64, 1, 32768, (1, 64), 128), (1, 1, 128, 1, 32768, (2, 64), 64),
+    (1, 2, 16, 1, 4 * 66 * 64 + 1, (1, 32), 88), (1, 1, 64, 1, 32768, (1, 64), 88), (2, 1, 64, 1, 32768, (1, 64), 128),
+    (1, 1, 128, 1, 32768, (2, 64), 64),
     # All, or all but some.
     (33, 1, 16, 1, 4096, (1, 16), 106), (33, 1, 16, 1, 4097, (1, 16), 132), (34, 1, 16, 1, 2048, (1, 16), 132),
     (33, 1, 64, 1, 4096, (1, 64), 128), (34, 1, 64, 1, 4096, (1, 64), 132), (8, 2, 128, 1, 65536, (4, 64), 32)])
@@ -205,6 +208,7 @@ def test_short_calls_are_cut_as_suits_them(requests: int, queries: int, heads: i
 
 @pytest.mark.parametrize(("requests", "heads", "max_seq_len", "batch_invariant", "is_never_cut"), [
     (1, 16, 320, False, True), (1, 16, 321, False, False), (1, 16, None, False, False), (1, 16, 320, True, False),
+    (8, 128, 512, False, False), (9, 128, 512, False, True), (16, 128, 512, True, False), (100, 16, 512, False, False),
     (132, 16, 320, False, True), (133, 16, 320, False, False), (66, 128, 64, False, True), (67, 128, 64, False, False)])
 def test_short_jobs_are_never_cut_if_there_is_a_worker_for_each(requests: int, heads: int, max_seq_len: int | None, batch_invariant: bool,
                                                                 is_never_cut: bool) -> None:
@@ -214,7 +218,7 @@ def test_short_jobs_are_never_cut_if_there_is_a_worker_for_each(requests: int, h
 
 @pytest.mark.parametrize(("heads", "max_seq_len", "batch_invariant", "pieces"), [
     (16, 1024, False, 2), (128, 1024, False, 2), (16, 1024, True, 4), (16, None, False, 4), (16, 65536, False, 4), (32, 65536, False, 4),
-    (64, 8192, False, 8), (128, 8192, False, 8)])
+    (64, 16384, False, 8), (128, 8192, False, 8)])
 def test_a_merge_of_few_rows_is_shared_by_more(heads: int, max_seq_len: int | None, batch_invariant: bool, pieces: int) -> None:
     config = hopper_cut.schedule_config(_shape(num_heads_q=heads, batch_invariant=batch_invariant), 132, max_seq_len)
     assert (config.merge_alone_parts, config.merge_share_parts) == (8, pieces)

@@ -26,6 +26,7 @@ SHORT_CASES = [
     pytest.param(MLACase(seq_lens=(1024, 900), num_heads_q=128, values="rising"), id="pieces"),
     pytest.param(MLACase(seq_lens=(300, 0, 64, 290), num_heads_q=48, seq_len_q=3, pages="shuffled", dtype="float16"), id="whole"),
     pytest.param(MLACase(seq_lens=(5000, 700), num_heads_q=128, page_size=16), id="half-of-the-workers"),
+    pytest.param(MLACase(seq_lens=(500, 512, 0, 70) * 4, num_heads_q=128, values="alternating"), id="a-worker-each"),
 ]
 
 

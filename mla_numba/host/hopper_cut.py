@@ -27,9 +27,9 @@ _OVERHEAD_BLOCKS_AT_MEMORY = 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # A call has tiles of 16 rows, however many rows its requests have, if each SM has one job or none, and no more blocks in all: what it takes
-# is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; with 4 blocks for each 4% less to 2% more). If
-# jobs have few blocks there is less to merge, too, and they may be twice as many (16 x 320 tokens: 19.6 us -> 15.3).
-_BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 3, 8
+# is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; 4 x 1,024: 17.5 -> 16.6). Jobs of few blocks may
+# be as many as SMs: they are hardly cut, and there is less to merge (64 x 512 tokens, 2 queries of 16 heads: 23.6 us -> 20.2).
+_BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 4, 8
 # Pieces that a warp of the merge adds up, where a job has more than the 8 of a warp alone. Of few rows 4, whose loads take one latency, not
 # two (5 to 7% less of 16 heads x 1,024 tokens; of 64 rows 4 to 7% more, as blocks are too many); 2 where half of the SMs are its own (7%
 # less of that again; 3 to 7% more where they are not).
@@ -41,15 +41,19 @@ class _Shares(NamedTuple):
 
     Half of the workers do where all would have no more than `half_blocks` blocks each: what is not cut need not be merged, and the merge's
     thread blocks have SMs to begin on (up to 20% less). A job that four workers or more may have is merged by a kernel, whose thread blocks
-    want SMs to begin on while the decode runs: one worker in `left_out` is left out for them.
+    want SMs to begin on while the decode runs: one worker in `left_out` is left out for them, unless all would have more than
+    `left_out_blocks` each.
     """
 
     half_blocks: int
     left_out: int
+    left_out_blocks: float
 
 
-# The merge of a job of few rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each.
-_OF_16_ROWS, _OF_ONE_TILE, _OF_MORE, _BLOCKS_OF_16_ROWS = _Shares(1, 5), _Shares(2, 33), _Shares(4, 33), 16
+# The merge of a job of 16 rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each. Of a
+# small tile, whose blocks others read, too, it is L2 that is asked, and with 4 blocks each all workers are better (by 2 to 13%).
+_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 5, 16), _Shares(1, 5, 3)
+_OF_ONE_TILE, _OF_MORE = _Shares(2, 33, math.inf), _Shares(4, 33, math.inf)
 # Of a job alone, of one row tile, one in 3 is left out up to so many blocks for each: what is more than eight times eight pieces is merged
 # less side by side (12 to 15% less of 20,480 and 32,768 tokens with 64 heads, 3% of 65,536; 2% with 16 heads).
 _LEFT_OUT_OF_ONE_JOB, _BLOCKS_OF_ONE_JOB = 3, 8
@@ -79,32 +83,43 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
     most = max(num_sms // (team * shape.num_heads_kv), 1)
     num_workers = _num_workers(shape, rows_per_job, most, num_blocks)
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
-                          num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, num_workers, num_blocks),
+                          num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, num_workers, num_blocks, most),
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0,
                           merge_share_parts=_merge_share_parts(shape, rows_per_job, num_workers, most))
 
 
-def _is_short(num_blocks: int | None) -> bool:
-    """Whether all jobs are known to be sooner attended whole than merged."""
-    return num_blocks is not None and num_blocks <= _UNCUT_BLOCKS
+def _is_short(shape: DecodeShape, rows_per_job: int, num_blocks: int | None, most: int) -> bool:
+    """Whether all jobs are known to be sooner attended whole than merged. So are small tiles of a few blocks more where nobody is free to
+    share them, as several have the same length (5% less; 8% more of 100 requests of 16 heads and 0 to 512 tokens)."""
+    if num_blocks is None:
+        return False
+    is_each_ones = _is_small_tile(shape, rows_per_job) and most // 2 < shape.num_jobs(rows_per_job) <= most
+    return num_blocks <= (_FEW_BLOCKS if is_each_ones else _UNCUT_BLOCKS)
+
+
+def _is_small_tile(shape: DecodeShape, rows_per_job: int) -> bool:
+    return rows_per_job == min(SWAPPED_ROWS) < _num_rows(shape)
 
 
 def _half(most: int) -> int:
     return most - most // 2
 
 
+def _num_rows(shape: DecodeShape) -> int:
+    """Packed rows of a request and KV head."""
+    return max(shape.seq_len_q, 1) * shape.heads_per_kv
+
+
 def _job_size(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> tuple[int, int]:
     """(Rows of a job, row tiles that walk it together.) No request has more than `num_blocks` blocks, if that is known."""
-    # Packed rows of a request and KV head.
-    num_rows, least_rows = max(shape.seq_len_q, 1) * shape.heads_per_kv, min(SWAPPED_ROWS)
+    num_rows, least_rows = _num_rows(shape), min(SWAPPED_ROWS)
     team = team_size(ceil_div(num_rows, BLOCK_M), shape.num_heads_kv, num_sms)
     if shape.ragged:
         return team * BLOCK_M, team
     # Not under batch_invariant: the bits of a row are another kernel's then.
     if num_blocks is not None and not shape.batch_invariant:
         num_jobs = shape.num_jobs(least_rows) * shape.num_heads_kv
-        most_blocks = _BLOCKS_OF_SMALL_TILES * (2 if num_blocks <= _FEW_BLOCKS else 1) * num_sms
-        if num_jobs <= num_sms and num_jobs * num_blocks <= most_blocks:
+        if num_jobs <= num_sms and (num_blocks <= _FEW_BLOCKS or num_jobs * num_blocks <= _BLOCKS_OF_SMALL_TILES * num_sms):
             return least_rows, 1
     return min([rows for rows in SWAPPED_ROWS if num_rows <= rows], default=team * BLOCK_M), team
 
@@ -114,25 +129,27 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     if shape.ragged:
         return most
     num_jobs, is_one_tile = shape.num_jobs(rows_per_job), rows_per_job <= BLOCK_M
-    shares = _OF_16_ROWS if rows_per_job == min(SWAPPED_ROWS) else _OF_ONE_TILE if is_one_tile else _OF_MORE
+    shares = _OF_ONE_TILE if is_one_tile else _OF_MORE
+    if rows_per_job == min(SWAPPED_ROWS):
+        shares = _OF_SMALL_TILES if _is_small_tile(shape, rows_per_job) else _OF_16_ROWS
     # For each worker if all take part.
     blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most
     workers = most
-    if _is_short(num_blocks):
+    if _is_short(shape, rows_per_job, num_blocks, most):
         workers = num_jobs
     elif blocks <= shares.half_blocks:
         workers = _half(most)
     elif num_jobs == 1 and is_one_tile and blocks <= _BLOCKS_OF_ONE_JOB:
         workers = most - most // _LEFT_OUT_OF_ONE_JOB
-    elif 4 * num_jobs <= most and not (shares is _OF_16_ROWS and _BLOCKS_OF_16_ROWS < blocks < math.inf):
+    elif 4 * num_jobs <= most and not shares.left_out_blocks < blocks < math.inf:
         workers = most - most // shares.left_out
     return min(most, max(workers, num_jobs, 1))
 
 
-def _uncut_blocks(shape: DecodeShape, rows_per_job: int, num_workers: int, num_blocks: int | None) -> int:
+def _uncut_blocks(shape: DecodeShape, rows_per_job: int, num_workers: int, num_blocks: int | None, most: int) -> int:
     """No job of so many is cut: of any number, if all are known to be short, and there is a worker for each. Then no merge is launched (5%
     less), and a request that is longer than was told is its worker's alone."""
-    is_each_ones = _is_short(num_blocks) and shape.num_jobs(rows_per_job) <= num_workers
+    is_each_ones = _is_short(shape, rows_per_job, num_blocks, most) and shape.num_jobs(rows_per_job) <= num_workers
     return NEVER_CUT if is_each_ones and not shape.batch_invariant else _UNCUT_BLOCKS
 
 
