@@ -80,9 +80,13 @@ def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple
 
 def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
     """Of `scheduler.build`, between the lengths and the tables."""
+    min_split_blocks = config.min_split_blocks
+    if config.uncut_blocks >= NEVER_CUT and config.split_blocks == 0:
+        # Chosen here, not there: the compiler chose anew in each step of the walk, and plans took 13 to 24% longer (H200).
+        min_split_blocks = NEVER_CUT
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
-            config.overhead_blocks, config.min_split_blocks, config.split_blocks, config.uncut_blocks,
-            config.merge_alone_parts, config.merge_share_parts)
+            config.overhead_blocks, min_split_blocks, config.split_blocks, config.uncut_blocks, config.merge_alone_parts,
+            config.merge_share_parts)
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
