@@ -212,24 +212,24 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
         candidate surely suffices."""
         num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
-        if trial < num_trials:
-            piece = 1 if axis[num_jobs] <= num_jobs * (overhead_blocks + MOST_SINGLE_BLOCKS) else 2
-            if min_split_blocks < NEVER_CUT:
-                piece = max(min_split_blocks, piece)
-            least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), natural(overhead_blocks + piece))
-            most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
-            share = natural(least + trial)
-            while (not _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),
-                             natural(min_split_blocks), natural(split_blocks), natural(uncut_blocks)) and share < most):
-                share = natural(share + num_trials)
-            if lane == 0:
-                sums[trial] = share
-        sync()
-        best, least_share = 0, sums[0]
-        for t in range(1, num_trials):
-            if sums[t] < least_share:
-                best, least_share = t, sums[t]
-        sync()
+        piece = 1 if axis[num_jobs] <= num_jobs * (overhead_blocks + MOST_SINGLE_BLOCKS) else 2
+        if min_split_blocks < NEVER_CUT:
+            piece = max(min_split_blocks, piece)
+        least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), natural(overhead_blocks + piece))
+        most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
+        best, share = -1, natural(least + trial)
+        while best < 0:
+            if trial < num_trials:
+                fits = _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),
+                             natural(min_split_blocks), natural(split_blocks), natural(uncut_blocks))
+                if lane == 0:
+                    sums[trial] = fits or share >= most
+            sync()  # every trial has its verdict
+            for t in range(num_trials):
+                if best < 0 and sums[t] != 0:
+                    best = t
+            sync()  # and everybody has seen it
+            share = natural(share + num_trials)
         return best
 
     @jit
