@@ -98,6 +98,7 @@ def _is_short(shape: DecodeShape, rows_per_job: int, num_blocks: int | None, mos
 
 
 def _is_small_tile(shape: DecodeShape, rows_per_job: int) -> bool:
+    """Whether it has few rows of a request that has more: other jobs read the same blocks."""
     return rows_per_job == min(SWAPPED_ROWS) < _num_rows(shape)
 
 
