@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 from numba import cuda
 
+from mla_numba.config import DecodeShape
+from mla_numba.scheduler import NEVER_CUT
+
 pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
-from mla_numba.scheduler import NEVER_CUT  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
 # A thread block's on compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
