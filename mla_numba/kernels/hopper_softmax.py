@@ -43,6 +43,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
     to_pair = ptx.cvt_bf16x2 if config.dtype == "bfloat16" else ptx.cvt_f16x2
     PAGES_PER_BLOCK, NEXT_TILE = config.pages_per_block, config.next_tile_bytes
     NEXT_ATOM = tuple(config.next_atom_bytes(side) for side in range(2))
+    MAY_LAG = not config.is_stream
 
     @inline
     def load_rows(address):
@@ -77,8 +78,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
 
     @inline
     def lagging_max(old, new, parity):
-        """The maximum after a block: the old one while the new one is not much larger, but in the first steps of a piece."""
-        lag = MAX_LAG if parity >= u32(EXACT_STEPS * NEXT_STEP) else f32(0)
+        """The maximum after a block; where it may lag, after a piece's first steps, the old one while the new one is not much larger."""
+        lag = MAX_LAG if MAY_LAG and parity >= u32(EXACT_STEPS * NEXT_STEP) else f32(0)
         return old if new <= old + lag else new
 
     @inline
