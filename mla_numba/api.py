@@ -285,14 +285,19 @@ class _PreparedCall:
         # Lengths and offsets, for calls that plan for themselves.
         self._scheduler, self._lengths = scheduler, [replace(array, owner=None) for array in inputs[3:]]
         self._extents = [array.extent for array in (*inputs, *results)]
+        self._apart: Sequence[int] = ()
 
     def keeps_results_apart(self, addresses: Sequence[int]) -> bool:
         """Whether results that were given lie wholly before or behind every other array. Others need a closer look."""
+        # Where nothing moves, as in a loop over the tokens of a layer, they need not be looked at again.
+        if addresses == self._apart:
+            return True
         for i in range(self._num_inputs, len(addresses)):
             low, high = (addresses[i] + end for end in self._extents[i])
             for address, (other_low, other_high) in zip(addresses[:i], self._extents, strict=False):
                 if address + other_low < high and low < address + other_high:
                     return False
+        self._apart = addresses
         return True
 
     def __call__(self, schedule: Schedule | None, addresses: Sequence[int], out: Any, lse: Any, stream: Any) -> tuple[Any, Any]:

@@ -278,6 +278,25 @@ def test_the_current_stream_is_asked_for_each_time(run):
     assert run.validated == 1
 
 
+def test_torch_makes_results_the_quick_way_where_their_device_is_current(monkeypatch):
+    run, made, current = _Run("torch", monkeypatch), [], 0
+
+    def quick(shape, strides, dtype):
+        made.append((shape, strides, dtype))
+        return run.library.new(shape, dtype)
+
+    run.library.module._C._dynamo = SimpleNamespace(guards=SimpleNamespace(_empty_strided_cuda=quick))
+    run.library.module._C._cuda_getDevice = lambda: current
+    run()
+    made.clear()
+    run()
+    assert made == [((_BATCH, 1, _HEADS, 512), (_HEADS * 512, _HEADS * 512, 512, 1), "bfloat16"),
+                    ((_BATCH, _HEADS, 1), (_HEADS, 1, 1), "float32")]
+    current = 1
+    results, _, _ = run()
+    assert len(made) == 2 and [result.shape for result in results] == [(_BATCH, 1, _HEADS, 512), (_BATCH, _HEADS, 1)]
+
+
 def test_counters_are_cleared_after_a_call_that_ended_between_its_launches(run):
     run()
     first_launch, results = run.driver.cuLaunchKernelEx, iter([0, KeyboardInterrupt])
