@@ -37,12 +37,7 @@ def _times(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> list[floa
     """Microseconds of a call right after another: its buffers are larger than any cache, so that none needs to be flushed."""
     for _ in range(warm_up):
         call()
-    times = []
-    for _ in range(samples):
-        microseconds = timer.sample(call, before=call)
-        timer.wait()
-        times.append(microseconds())
-    return times
+    return [timer.sample(call, before=call) for _ in range(samples)]
 
 
 def _median(timer: Timer, call: Any, samples: int, warm_up: int = 2) -> float:

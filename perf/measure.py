@@ -261,18 +261,12 @@ def _admitted(run: Run, call: Call, result: Callable[[Any], tuple[Any, Any]], ga
     if verdict.reason is not None:
         return f"failed: {verdict.reason}"
     contender = Contender(call, verdict.rel_err, first_s)
-    microseconds = _once(run, call)
+    microseconds = run.timer.sample(call)
     if microseconds > cap_us:
         return f"skipped: {microseconds / 1e3:.0f} ms a call"
     if run.on_gpu:
         contender.host_us = host_us(run.timer, call, microseconds)
     return contender
-
-
-def _once(run: Run, call: Call) -> float:
-    microseconds = run.timer.sample(call)
-    run.timer.wait()
-    return microseconds()
 
 
 def _peer_contender(run: Run, peer: Peer, inputs: Inputs, gate: Gate) -> Contender | str:
@@ -358,7 +352,6 @@ def _parts(run: Run, unplanned: Contender | None, lead_us: float) -> dict[str, f
         with traced_launches(run.backend) as launches:
             # Events of their own for each kernel cost the host as much again.
             run.timer.sample(unplanned.call, 2 * lead_us)
-            run.timer.wait()
         for kernel, begin, end in launches:
             part = next((name for word, name in PARTS.items() if word in kernel), None)
             if part is not None:

@@ -1,6 +1,7 @@
 """Timing: one call a sample, cold L2, contenders in turn.
 
-A sample is [flush] [event] [call] [event] on one stream. A flush writes a buffer several times the last-level cache, then reads a part of
+A sample is [flush] [event] [call] [event] on one stream, and then a wait: what is queued behind an event holds it up, an empty kernel's by
+0.7 us, a short call's by 0.5 to 1.5, as it happens (H200). A flush writes a buffer several times the last-level cache, then reads a part of
 it that is no longer there: the cache is left cold, and clean. (Lines left dirty would be written back while the call runs, or not,
 as its loads' priorities have it: 404 us became 427 with evict_first loads, 410 became 412 without, H100.) It is repeated as often as it
 takes to keep the device busy while the host queues the call: otherwise the time between the events would be the host's. Contenders take
@@ -31,14 +32,14 @@ HOST_CALLS, LEAST_HOST_CALLS, HOST_CALLS_US = 20, 5, 50_000
 
 
 class Timer(Protocol):
-    """A clock for calls. `sample` queues one and gives what tells its microseconds after `wait`.
+    """A clock for calls. `sample` gives the microseconds of one, waited for.
 
     The flush before it keeps the device busy for `lead_us`. With `before`, that is called instead: the caches are what it leaves.
     """
 
     flush_bytes: int
 
-    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]: ...
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> float: ...
 
     def wait(self) -> None: ...
 
@@ -63,10 +64,8 @@ def interleave(timer: Timer, calls: Mapping[str, Call], samples: int, lead_us: M
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(samples):
         first = turn % len(names)
-        pending = {name: timer.sample(calls[name], (lead_us or {}).get(name, 0.0)) for name in names[first:] + names[:first]}
-        timer.wait()
-        for name, microseconds in pending.items():
-            times[name].append(microseconds())
+        for name in names[first:] + names[:first]:
+            times[name].append(timer.sample(calls[name], (lead_us or {}).get(name, 0.0)))
     return times
 
 
@@ -109,32 +108,23 @@ class CudaTimer:
         read = cuda.jit(types.void(types.int64[::1], types.int64[::1]))(make_read_kernel())[blocks, READ_THREADS, self._stream]
         self._read = lambda: read(first, sums)
         self._flush_us = 1.0
-        self._flush_us = float(np.median([self._time_flush() for _ in range(5)]))
+        self._flush_us = float(np.median([self.sample(self._flush) for _ in range(5)]))
 
     def _flush(self) -> None:
         self._cuda.cudadrv.driver.device_memset(self._buffer, 0, self.flush_bytes, self._stream)
         self._read()
 
-    def _time_flush(self) -> float:
-        microseconds = self.sample(self._flush)
-        self.wait()
-        return microseconds()
-
-    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]:
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> float:
         begin, end = self._cuda.event(), self._cuda.event()
         for _ in range(max(1, math.ceil(lead_us / self._flush_us))):
             (before or self._flush)()
         begin.record()
+        # Kept until all is over: to free device memory may wait for the device.
         result = call()
         end.record()
-
-        def microseconds() -> float:
-            # Held until here, as to free device memory may wait for the device, in the middle of what other calls have queued.
-            nonlocal result
-            result = None
-            return float(begin.elapsed_time(end)) * 1e3
-
-        return microseconds
+        self.wait()
+        del result
+        return float(begin.elapsed_time(end)) * 1e3
 
     def wait(self) -> None:
         self._cuda.synchronize()
@@ -156,13 +146,12 @@ class HostTimer:
         self._buffer.fill(self._value)
         self._value ^= 1
 
-    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> Callable[[], float]:  # noqa: ARG002
+    def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> float:  # noqa: ARG002
         (before or self._flush)()
         time.sleep(self.settle_s)
         begin = time.perf_counter()
         call()
-        elapsed = (time.perf_counter() - begin) * 1e6
-        return lambda: elapsed
+        return (time.perf_counter() - begin) * 1e6
 
     def wait(self) -> None:
         pass
