@@ -25,7 +25,7 @@ if cuda.config.ENABLE_CUDASIM:
 # After the skip: the simulator lacks what they import.
 from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, mla_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
-from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
+from mla_numba.host import capture, gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
@@ -99,11 +99,19 @@ class _Driver:
 
     def __init__(self, real):
         self._real, self.current, self.launches = real, 1, []
+        self.own = self.mode = real.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+        self.cuThreadExchangeStreamCaptureMode = self._exchange
+        self.cuStreamCreate = lambda flags: (0, real.CUstream(2**20))
+        self.cuStreamSynchronize = self.cuStreamDestroy = self.cuMemsetD32Async = lambda *arguments: (0,)
         self.cuCtxGetCurrent = lambda: (0, self.current)
         self.cuLaunchKernelEx = lambda config, function, _, extra: (self._launch(config, function, extra),)
 
     def __getattr__(self, name):
         return getattr(self._real, name)
+
+    def _exchange(self, mode):
+        before, self.mode = self.mode, mode
+        return 0, before
 
     def _launch(self, config, spec, extra):
         _, buffer, _, size, end = (ctypes.c_uint64 * 5).from_address(extra)
@@ -137,13 +145,23 @@ class _Run:
         self.library = _Library(library)
         self.driver = _Driver(gpu.driver)
         monkeypatch.setitem(sys.modules, library, self.library.module)
-        monkeypatch.setattr(gpu, "driver", self.driver)
+        for module in (gpu, capture):
+            monkeypatch.setattr(module, "driver", self.driver)
         memory = iter(range(2**40, 2**50, 2**34))
-        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(
-            gpus=[_Machine(self.driver)],
-            to_device=lambda host: SimpleNamespace(__cuda_array_interface__={"data": (next(memory), False)})))
+        # The capture mode in which memory was asked for, and kernels were.
+        self.modes: list[object] = []
+
+        def device_array(size, _dtype):
+            self.modes.append(self.driver.mode)
+            return SimpleNamespace(size=size, __cuda_array_interface__={"data": (next(memory), False)})
+
+        def load_kernels(specs, _device_idx):
+            self.modes.append(self.driver.mode)
+            return specs
+
+        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(gpus=[_Machine(self.driver)], device_array=device_array))
         monkeypatch.setattr(hopper_cut, "cuda", SimpleNamespace(get_current_device=lambda: _Machine))
-        monkeypatch.setattr(gpu, "load_kernels", lambda specs, device_idx: specs)
+        monkeypatch.setattr(gpu, "load_kernels", load_kernels)
         self.encoded: list[tuple] = []
         monkeypatch.setattr(gpu, "encode", lambda *key: self.encoded.append(key) or hash(key).to_bytes(128, "little", signed=True))
         device = gpu.Gpu(0)
@@ -267,6 +285,12 @@ def test_tensor_maps_are_made_once_whoever_prepares_the_call(run):
     assert len(run.encoded) == 3
     run.as_the_first(run.library.inputs(base=64 * _MB))
     assert len(run.encoded) == 6
+
+
+def test_memory_and_kernels_are_made_beside_what_is_captured(run):
+    run()
+    assert len(run.modes) == 4 and set(run.modes) == {run.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED}
+    assert run.driver.mode == run.driver.own
 
 
 def test_the_current_stream_is_asked_for_each_time(run):

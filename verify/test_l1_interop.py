@@ -143,7 +143,8 @@ def test_values_are_checked_on_the_callers_stream():
 
 
 @pytest.mark.parametrize("planned", [True, False])
-def test_graph_plans_anew_at_each_replay(planned):
+@pytest.mark.parametrize("same_stream", [True, False])
+def test_graph_plans_anew_at_each_replay(planned, same_stream):
     """Plan and decode are captured together, as a server captures a step, in torch's own mode; then the lengths change."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     tensors = {name: _to_torch(array) for name, array in _inputs().items()}
@@ -154,11 +155,11 @@ def test_graph_plans_anew_at_each_replay(planned):
         plan = plan_decode(tensors["seq_lens"], num_heads_q=16, seq_len_q=2) if planned else None
         return mla_decode(**tensors, plan=plan)
 
-    # Compiles, and makes the stream's workspace.
+    # Compiles, and makes the stream's workspace; torch.cuda.graph has a stream of its own else, where no call has been.
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream if same_stream else None):
         out, lse = step()
     for seq_lens in ([500, 0, 65], [1, 512, 300], [0, 0, 0]):
         tensors["seq_lens"].copy_(torch.tensor(seq_lens))

@@ -10,6 +10,7 @@ from numba import cuda
 from numba.cuda import types
 
 from ..config import ceil_div
+from .capture import beside_captures
 from .cubin import checked, load_kernels
 from .launch import KernelSpec, Strided, configured, numba_stream
 from .tensor_map import encode
@@ -101,16 +102,22 @@ class Gpu:
         """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes; the same memory for the same stream and purpose."""
         kept = self._memory.setdefault((stream, purpose), [])
         if not kept or kept[-1][0] < num_floats:
-            with self._numba:
-                memory = cuda.to_device(np.zeros(max(num_floats, 1), np.float32))
-            kept.append((num_floats, int(memory.__cuda_array_interface__["data"][0]), memory))
+            with self._numba, beside_captures():
+                memory = cuda.device_array(max(num_floats, 1), np.float32)
+                address = int(memory.__cuda_array_interface__["data"][0])
+                # Not on the default stream, which streams that are being captured may wait for.
+                own = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
+                self.clear(address, memory.size, int(own))
+                checked(driver.cuStreamSynchronize(own), "cuStreamSynchronize")
+                checked(driver.cuStreamDestroy(own), "cuStreamDestroy")
+            kept.append((num_floats, address, memory))
         return kept[-1][1]
 
     def load(self, *specs: KernelSpec) -> None:
         """Have these kernels ready; together they are sooner."""
         missing = [spec for spec in specs if spec not in self._kernels]
         if missing:
-            with self._numba:
+            with self._numba, beside_captures():
                 functions = load_kernels(missing, self._device_idx)
             for spec, function in zip(missing, functions, strict=True):
                 self._kernels[spec] = _Kernel(function, formats(spec.types()), spec)
@@ -140,7 +147,7 @@ class Gpu:
     def clear(self, address: int, num_words: int, stream: int) -> None:
         """Make words of 32 bits 0, in the order of the stream."""
         with self._numba:
-            checked((*driver.cuMemsetD32Async(address, 0, num_words, driver.CUstream(stream)), None), "cuMemsetD32Async")
+            checked(driver.cuMemsetD32Async(address, 0, num_words, driver.CUstream(stream)), "cuMemsetD32Async")
 
 
 def _current_context() -> int:

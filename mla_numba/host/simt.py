@@ -3,6 +3,7 @@
 Runs in Numba's CUDA simulator too (NUMBA_ENABLE_CUDASIM=1), with tiles of a few rows and tokens.
 """
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -173,8 +174,17 @@ def _workspace(num_rows: int, head_dim_v: int, device_idx: int, stream: int) -> 
     num_floats = max(num_rows, 1) * (head_dim_v + 1)
     workspace = _workspaces.get((device_idx, stream))
     if workspace is None or workspace.size < num_floats:
-        workspace = _workspaces[device_idx, stream] = cuda.device_array(num_floats, np.float32)
+        with _beside_captures():
+            workspace = _workspaces[device_idx, stream] = cuda.device_array(num_floats, np.float32)
     return workspace
+
+
+def _beside_captures() -> contextlib.AbstractContextManager[None]:
+    if SIMULATOR:
+        return contextlib.nullcontext()
+    from .capture import beside_captures
+
+    return beside_captures()
 
 
 def _partials(shape: tuple[int, int, int], head_dim_v: int, device_idx: int, stream: int) -> tuple[Any, Any]:
