@@ -196,6 +196,9 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             ptx.prefetch_tensormap(maps.q)
             ptx.prefetch_tensormap(maps.left)
             ptx.prefetch_tensormap(maps.right)
+        elif thread_idx >> u32(5) == NUM_WARPS + 2:
+            # By another one.
+            prefetch_page_ids(tables, i32(thread_idx & u32(31)))
         if CLUSTER_SIZE > 1:
             ptx.barrier_cluster_arrive_relaxed()
         ptx.griddepcontrol_launch_dependents()
@@ -208,8 +211,6 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
             give_registers()
             if thread < 32:
                 produce(base, i32(thread), maps, tables, problem, work, job)
-            elif thread < 64:
-                prefetch_page_ids(tables, i32(thread & u32(31)))
         else:
             take_registers()
             results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
