@@ -23,7 +23,7 @@ from mla_numba.host.schedule import make_host_schedule  # noqa: E402
 from mla_numba.kernels.hopper_merge import ITEM_ROWS, ITEMS_PER_GROUP  # noqa: E402
 from reference.mla import merge_states_ref  # noqa: E402
 from verify import runner  # noqa: E402
-from verify.cases import MLACase  # noqa: E402
+from verify.cases import DTYPES, MLACase  # noqa: E402
 from verify.checks import assert_same_results, assert_within  # noqa: E402
 from verify.emulator.device import EmulatedGpu, decode  # noqa: E402
 from verify.emulator.mutants import (  # noqa: E402
@@ -106,6 +106,22 @@ def test_cache_without_pages_reads_as_zeros(page_size: int) -> None:
     out, lse = decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, None, True)
     assert not out.astype(np.float32).any()
     np.testing.assert_allclose(lse, math.log(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_heads", "error"), [(16, 0.0), (64, 0.0), (128, 100 / 100.24 - 1)])
+def test_the_largest_weight_is_exact_with_one_row_tile(num_heads: int, error: float) -> None:
+    """It is if the maximum is its own, and P 1. In the seesaw that may lag from a piece's third step on: P is 100.24, in bfloat16 100."""
+    gap, last, rng = math.log(100.24), 6 * 64, np.random.default_rng(0)
+    q, k = (np.zeros(shape, DTYPES["bfloat16"]) for shape in ((1, 1, num_heads, 576), (7, 64, 1, 576)))
+    q[..., 0], k[..., 1:] = 1, rng.standard_normal((7, 64, 1, 575))
+    # The first token is the heaviest until the last one comes, the rest weigh nothing.
+    k[..., 0] = -8
+    k[0, 0, 0, 0], k[6, 0, 0, 0] = 0, 1
+    out, _ = decode(q, k, np.arange(7, dtype=np.int32)[None], np.array([last + 1], np.int32), 512, gap, True, num_workers=1)
+    v = k[[0, 6], 0, 0, 1:512].astype(np.float64)
+    want = (v[0] + 100.24 * v[1]) / 101.24
+    shares = out[0, 0, :, 1:].astype(np.float64) @ want / (want @ want) - 1
+    np.testing.assert_allclose(shares, error, atol=3e-4)
 
 
 def _made_up_states(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
