@@ -289,7 +289,7 @@ class _PreparedCall:
 
     def keeps_results_apart(self, addresses: Sequence[int]) -> bool:
         """Whether results that were given lie wholly before or behind every other array. Others need a closer look."""
-        # Where nothing moves, as in a loop over the tokens of a layer, they need not be looked at again.
+        # Where nothing has moved since they were looked at, as from token to token of a layer, they need not be again.
         if addresses == self._apart:
             return True
         for i in range(self._num_inputs, len(addresses)):

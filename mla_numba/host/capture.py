@@ -10,8 +10,8 @@ from .cubin import checked
 
 @contextlib.contextmanager
 def beside_captures() -> Iterator[None]:
-    """The calling thread may allocate and load meanwhile, which a stream that is being captured forbids else (CUDA's modes global and
-    thread-local)."""
+    """In the block the calling thread may allocate and load, whatever stream is being captured: CUDA's modes global and thread-local
+    forbid it else."""
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = checked(driver.cuThreadExchangeStreamCaptureMode(relaxed), "cuThreadExchangeStreamCaptureMode")
     try:
