@@ -118,8 +118,8 @@ def _library(kind: Any) -> str:
 
 
 def fingerprint(arrays: Sequence[Any]) -> tuple[list[Any], list[int]] | None:
-    """Words that are equal only where all is that `view` tells of the arrays but names, owners and addresses, and where addresses are
-    aligned alike; and the addresses.
+    """Words that are equal only where all is that `view` tells of the arrays but names, owners, addresses, and strides of axes of one
+    element, and where addresses are aligned alike; and the addresses.
 
     None if an array is not of torch or CuPy, or does not tell.
     """
@@ -131,8 +131,8 @@ def fingerprint(arrays: Sequence[Any]) -> tuple[list[Any], list[int]] | None:
             library = _library(kind)
             if library == "torch":
                 address = array.data_ptr()
-                # What is not dense has no strides, and raises.
-                words += kind, array.dtype, array.shape, array.stride(), array.device, address % 16
+                # Most are contiguous: to ask that takes half as long as to ask for strides. What is not dense has no address, and raises.
+                words += kind, array.dtype, array.shape, None if array.is_contiguous() else array.stride(), array.device, address % 16
             elif library == "cupy":
                 memory = array.data
                 address = memory.ptr

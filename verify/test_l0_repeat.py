@@ -55,6 +55,9 @@ class _TorchTensor:
     def data_ptr(self):
         return self._array.data.ptr
 
+    def is_contiguous(self):
+        return self._array.strides == np.empty(self.shape, np.dtype([("", self._array.dtype)])).strides
+
     def stride(self):
         return tuple(step // self._array.itemsize for step in self._array.strides)
 
