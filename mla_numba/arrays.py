@@ -159,6 +159,8 @@ def allocator(like: ArrayView, shape: Sequence[int], dtype: str) -> Callable[[],
 
         strides = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
         anywhere = partial(torch.empty_strided, shape, strides, dtype=getattr(torch, dtype), device=like.owner.device)
+        if like.device is None:
+            return anywhere
         try:
             # What code made by torch.compile calls, on the current device: 2.2 us; torch.empty_strided takes 3.7, torch.empty 5.6 (H200's
             # host, torch 2.11).

@@ -23,7 +23,7 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no hopper backend", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba import BackendUnavailable, Plan, StalePlanError, api, flash_mla, mla_decode, validate  # noqa: E402
+from mla_numba import BackendUnavailable, Plan, StalePlanError, api, arrays, flash_mla, mla_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import capture, gpu, hopper, hopper_cut  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
@@ -322,6 +322,16 @@ def test_torch_makes_results_the_quick_way_where_their_device_is_current(monkeyp
     current = 1
     results, _, _ = run()
     assert len(made) == 2 and [result.shape for result in results] == [(_BATCH, 1, _HEADS, 512), (_BATCH, _HEADS, 1)]
+
+
+def test_torch_makes_results_in_host_memory_without_cuda(monkeypatch):
+    """Which a torch that was built for CUDA has not on a machine without a GPU: to ask for its device raises."""
+    library = _Library("torch")
+    monkeypatch.setitem(sys.modules, "torch", library.module)
+    library.module._C._dynamo = SimpleNamespace(guards=SimpleNamespace(_empty_strided_cuda=None))
+    library.module._C._cuda_getDevice = None
+    like = arrays.view(library.array(_MB, (2, 3), device=-1), "q")
+    assert arrays.allocator(like, (4, 5), "float32")().shape == (4, 5)
 
 
 def test_counters_are_cleared_after_a_call_that_ended_between_its_launches(run):
