@@ -146,6 +146,7 @@ class HostTimer:
         self._buffer.fill(self._value)
         self._value ^= 1
 
+    # A `Timer` takes a lead; this one queues nothing, and needs none.
     def sample(self, call: Call, lead_us: float = 0.0, before: Call | None = None) -> float:  # noqa: ARG002
         (before or self._flush)()
         time.sleep(self.settle_s)

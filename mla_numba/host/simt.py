@@ -180,6 +180,7 @@ def _workspace(num_rows: int, head_dim_v: int, device_idx: int, stream: int) -> 
 
 
 def _beside_captures() -> contextlib.AbstractContextManager[None]:
+    # The bindings of the driver are imported only where there is one.
     if SIMULATOR:
         return contextlib.nullcontext()
     from .capture import beside_captures

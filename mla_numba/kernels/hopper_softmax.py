@@ -77,8 +77,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         return total
 
     @inline
-    def lagging_max(old, new, parity):
-        """The maximum after a block; where it may lag, after a piece's first steps, the old one while the new one is not much larger."""
+    def next_max(old, new, parity):
+        """The maximum after a block; in the seesaw, but in the first steps of a piece, the old one while the new one is not much larger."""
         lag = MAX_LAG if MAY_LAG and parity >= u32(EXACT_STEPS * NEXT_STEP) else f32(0)
         return old if new <= old + lag else new
 
@@ -88,8 +88,8 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
         old_a, old_b = NO_SCORE, NO_SCORE
         if not is_first:
             old_a, old_b = load_rows(at.row_smem + u32(MAX_SMEM))
-        max_a = lagging_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
-        max_b = lagging_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
+        max_a = next_max(old_a, row_max(s_rmem, 0) * scale_log2e, parity)
+        max_b = next_max(old_b, row_max(s_rmem, 1) * scale_log2e, parity)
         scale_a, scale_b = ptx.ex2(old_a - max_a), ptx.ex2(old_b - max_b)
         # All 4 threads of a row have read the old one.
         cuda.syncwarp()
@@ -100,7 +100,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
 
     @inline
     def rescale(o_rmem, factor_a, factor_b, has_o):
-        """O *= factor, by row; most often no row of the warp needs it, and before a piece's first product O is 0."""
+        """O *= factor, by row; not if no row of the warp needs it, nor before a piece's first product, where O is 0."""
         if cuda.any_sync(0xFFFFFFFF, (factor_a != f32(1) or factor_b != f32(1)) and has_o):
             for i in range(32):
                 o_rmem[4 * i] *= factor_a
@@ -205,6 +205,6 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
             if first_token > i32(seq_len - i32(BLOCK_N)):
                 zero_tail(k_smem, i32(seq_len - first_token), at.thread, barrier_idx)
 
-    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, lagging_max=lagging_max, follow_max=follow_max,
+    return SimpleNamespace(load_rows=load_rows, store_rows=store_rows, raise_max=raise_max, next_max=next_max, follow_max=follow_max,
                            rescale=rescale, exponentiate=exponentiate, exchange_sums=exchange_sums, visible_to=visible_to,
                            hide_unseen=hide_unseen, zero_tail=zero_tail, piece_words=piece_words)

@@ -75,7 +75,7 @@ def make_swapped(config: HopperConfig, products: SimpleNamespace, softmax: Simpl
     NEXT_Q_TILE, NEXT_K_TILE, NEXT_TOKENS = config.q_tile_bytes >> 4, products.NEXT_K_TILE, products.NEXT_ROWS
     # Where a side of a block begins.
     SIDE_OFFSET = tuple(begin * TILE_BYTES >> 4 for begin in SIDE_BEGIN)
-    piece_words, visible_to, zero_tail, lagging_max = softmax.piece_words, softmax.visible_to, softmax.zero_tail, softmax.lagging_max
+    piece_words, visible_to, zero_tail, next_max = softmax.piece_words, softmax.visible_to, softmax.zero_tail, softmax.next_max
 
     @inline
     def o_fence(o_rmem):
@@ -191,7 +191,7 @@ def make_swapped(config: HopperConfig, products: SimpleNamespace, softmax: Simpl
         if not is_first:
             load_rows(scale_rmem, at.row_smem + u32(MAX_SMEM))
         for i in range(ROWS):
-            max_rmem[i] = lagging_max(scale_rmem[i], max_rmem[i] * scale_log2e, parity)
+            max_rmem[i] = next_max(scale_rmem[i], max_rmem[i] * scale_log2e, parity)
             scale_rmem[i] = ptx.ex2(scale_rmem[i] - max_rmem[i])
 
     @inline
@@ -220,7 +220,7 @@ def make_swapped(config: HopperConfig, products: SimpleNamespace, softmax: Simpl
 
     @inline
     def rescale(o_rmem, scale_rmem, has_o):
-        """O *= scale, by row; most often no row needs it, and before a piece's first product there is no O."""
+        """O *= scale, by row; not if no row needs it, nor before a piece's first product, where there is no O."""
         needed = scale_rmem[0] != f32(1)
         for i in range(1, ROWS):
             needed = needed | (scale_rmem[i] != f32(1))
