@@ -105,12 +105,13 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     def load_page_ids(tables, job, first, lane):
         """This lane's page of the window from `first` on; -1, which TMA reads as zeros, past what the request uses."""
         entry, page = i32(first + i32(ptx.opaque_b32(u32(lane)))), i32(-1)
-        num_pages, request = i32((u32(column(job, JOB_SEQ_LEN)) + u32(PAGE_SIZE - 1)) // u32(PAGE_SIZE)), column(job, JOB_REQUEST)
+        num_pages, request = i32(u32(u32(column(job, JOB_SEQ_LEN)) + u32(PAGE_SIZE - 1)) // u32(PAGE_SIZE)), column(job, JOB_REQUEST)
         # A rehearsal has no pages.
         num_pages = num_pages if request >= 0 else i32(0)
         if entry < min(tables.max_pages, num_pages):
-            block_table = tables.block_table + u64(request * tables.row_stride)
-            page = ptx.ld_global_i32(block_table + u64(entry * tables.column_stride))
+            # Neither is negative: products of unsigned numbers take half as many instructions.
+            block_table = tables.block_table + u64(u32(request)) * u64(tables.row_stride)
+            page = ptx.ld_global_i32(block_table + u64(u32(entry)) * u64(tables.column_stride))
         return page
 
     @inline
@@ -163,6 +164,8 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     @inline
     def prefetch(cache, kv_head, block, end_block, pages, lane):
         """Bring blocks to L2: half of the tokens by each of the first two row tiles' thread blocks."""
+        # Opaque, lest the head's place be found before the loop around this, ahead of the first loads.
+        kv_head = i32(ptx.opaque_b32(u32(kv_head)))
         while block < end_block:
             ptx.nounroll()
             token = i32(tile_idx() * i32(BLOCK_N // 2) + lane)
@@ -185,20 +188,26 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
         return i32(u32(begin_block) // u32(tables.split_blocks))
 
     @inline
-    def produce_piece(base, q_map, tables, turns, begin_block, end_block, work, job, heads_per_kv, kv_head, lane):
-        """Load a piece's rows of Q, and describe it."""
+    def load_q(base, q_map, turns, num_blocks, job, heads_per_kv, kv_head, lane):
+        """Load a piece's rows of Q, once their place is free; in the phase that `announce_piece` completes."""
         parity = turns >> u32(PIECE_TURN) & u32(1)
         # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
         cuda.syncwarp()
+        row_begin = i32(column(job, JOB_ROW_BEGIN) + tile_idx() * BLOCK_M)
+        q_batch, q_row = column(job, JOB_Q_BATCH), i32(column(job, JOB_Q_BEGIN) * heads_per_kv + row_begin)
+        if lane == 0 and num_blocks > 0:
+            ptx.tma_load_5d(base + u32(Q_SMEM), q_map, base + u32(Q_FULL_SMEM), i32(0), q_row, i32(0), kv_head, q_batch, L2_POLICY)
+
+    @inline
+    def announce_piece(base, tables, turns, begin_block, end_block, work, job, lane):
+        """Describe a piece, while its Q comes."""
+        parity = turns >> u32(PIECE_TURN) & u32(1)
         # Opaque, lest it be made before the loop around this, and kept.
         num_blocks = i32(i32(ptx.opaque_b32(u32(end_block))) - begin_block)
         row_begin = i32(column(job, JOB_ROW_BEGIN) + tile_idx() * BLOCK_M)
         split = split_of(begin_block, work, tables)
-        q_batch, q_row = column(job, JOB_Q_BATCH), i32(column(job, JOB_Q_BEGIN) * heads_per_kv + row_begin)
-        if lane == 0 and num_blocks > 0:
-            ptx.tma_load_5d(base + u32(Q_SMEM), q_map, base + u32(Q_FULL_SMEM), i32(0), q_row, i32(0), kv_head, q_batch, L2_POLICY)
-        # While Q comes: the job's row, but for what is the piece's own.
+        # The job's row, but for what is the piece's own.
         word = job
         word = row_begin if lane == i32(PIECE_ROW_BEGIN // 4) else word
         word = num_blocks if lane == i32(PIECE_NUM_BLOCKS // 4) else word
@@ -240,7 +249,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
     def produce(base, lane, maps, tables, problem, work, job):
         """Walk the worker's pieces, job by job; within a piece, pairs of blocks."""
         kv_head, heads_per_kv = i32(cuda.blockIdx.z), problem.heads_per_kv
-        turns = u32(i32(column(work, END_JOB) - column(work, BEGIN_JOB))) << u32(JOBS_TURN)
+        turns = u32(u32(i32(column(work, END_JOB) - column(work, BEGIN_JOB))) << u32(JOBS_TURN))
         block = column(work, BEGIN_BLOCK)
         if column(job, JOB_REQUEST) == i32(REHEARSAL):
             # This worker has no work. It rehearses: two blocks of zeros, or the end of a piece, nothing kept, so that the kernel's code
@@ -257,12 +266,16 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             while more:
                 stop = piece_end(block, end_block, tables.split_blocks)
                 begin = block
-                # Asked for before Q and the piece's words, whose latencies they share: 0.5 to 0.9 us of 17 to 39 (H100).
+                # Q first, as it needs no page ids, if its place is free or there are no blocks: it is as long on its way as a block of K.
+                # Else when K's buffers, free before it, are on their way.
+                is_late = turns & u32(1 << LATE_Q_TURN) != 0 and stop > block
+                if not is_late:
+                    load_q(base, maps.q, turns, i32(stop - block), job, heads_per_kv, kv_head, lane)
+                # Asked for before the piece's words, whose latency they share.
                 first = i32(first_page(block) & i32(-WINDOW))
                 pages = Pages(first, load_page_ids(tables, job, first, lane), load_page_ids(tables, job, i32(first + WINDOW), lane))
-                # Q at once, if its place is free or there are no blocks; else when K's buffers, free before it, are on their way.
-                if turns & u32(1 << LATE_Q_TURN) == 0 or stop <= block:
-                    produce_piece(base, maps.q, tables, turns, begin, stop, work, job, heads_per_kv, kv_head, lane)
+                if not is_late:
+                    announce_piece(base, tables, turns, begin, stop, work, job, lane)
                 while block < stop:
                     odd = i32(block + 1)
                     if first_page(block) >= i32(pages.first + WINDOW):
@@ -270,8 +283,9 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         pages = Pages(first, pages.next_window, load_page_ids(tables, job, i32(first + WINDOW), lane))
                     load_side(base, 0, 0, turns, maps, kv_head, block, pages, lane)
                     load_side(base, 0, 1, turns, maps, kv_head, block, pages, lane)
-                    if block == begin and turns & u32(1 << LATE_Q_TURN) != 0:
-                        produce_piece(base, maps.q, tables, turns, begin, stop, work, job, heads_per_kv, kv_head, lane)
+                    if block == begin and is_late:
+                        load_q(base, maps.q, turns, i32(stop - block), job, heads_per_kv, kv_head, lane)
+                        announce_piece(base, tables, turns, begin, stop, work, job, lane)
                     if odd < stop:
                         load_side(base, 1, 1, turns, maps, kv_head, odd, pages, lane)
                         load_side(base, 1, 0, turns, maps, kv_head, odd, pages, lane)
@@ -282,13 +296,16 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         prefetch(tables.cache, kv_head, i32(block + 2), min(stop, i32(block + 4)), pages, lane)
                     block = i32(block + 2)
                 # Of a piece of an even number of blocks Q is free after K's buffers, else before.
-                turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATE_Q_TURN)) ^ (u32(stop - begin) & u32(1)) << u32(LATE_Q_TURN)
+                turns = u32((turns ^ u32(1 << PIECE_TURN)) | u32(1 << LATE_Q_TURN))
+                turns = u32(turns ^ u32((u32(stop - begin) & u32(1)) << u32(LATE_Q_TURN)))
                 block = stop
                 more = block < end_block
             block = i32(0)
             turns = u32(turns - u32(1 << JOBS_TURN))
             if i32(turns) >= 0:
-                job = load_row(tables.jobs, i32(column(work, END_JOB) - i32(turns >> u32(JOBS_TURN))), JOB_COLUMNS, lane)
+                # Opaque, lest the lane's column be found before the loop around this, ahead of the first loads.
+                job = load_row(tables.jobs, i32(column(work, END_JOB) - i32(turns >> u32(JOBS_TURN))), JOB_COLUMNS,
+                               i32(ptx.opaque_b32(u32(lane))))
         parity = turns >> u32(PIECE_TURN) & u32(1)
         # 8 consumer warps arrived, done with the last piece.
         ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))
