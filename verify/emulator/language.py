@@ -23,7 +23,7 @@ from .machine import WARP, Machine, Warp
 from .registers import Registers
 
 Edits = Mapping[str, Sequence[tuple[str, str]]]
-_ITEM_BYTES = {"uint8": 1, "int32": 4, "uint32": 4, "float32": 4}
+_ITEM_BYTES = {"uint8": 1, "int32": 4, "uint32": 4, "float32": 4, "uint64": 8}
 
 
 def _unsigned(bits: int) -> Callable[[Any], int]:
@@ -50,24 +50,28 @@ class SharedArray:
 
     def __init__(self, machine: Machine, address: int, count: int, kind: str):
         self._machine, self.address, self._count = machine, address, count
-        self._float = kind == "float32"
+        self._float, self._num_words = kind == "float32", 2 if kind == "uint64" else 1
 
     def _place(self, index: Any) -> int:
         if not 0 <= int(index) < self._count:
             raise Finding("out of bounds", f"element {int(index)} of a shared array of {self._count}")
-        return self.address + 4 * int(index)
+        return self.address + 4 * self._num_words * int(index)
 
     def __getitem__(self, index: Any) -> Any:
         self._machine.touch()
         thread = self._machine.current
-        word = thread.block.smem.read(thread, self._place(index), 1, self._machine.lines.number(sys._getframe(1)))
+        word = thread.block.smem.read(thread, self._place(index), self._num_words, self._machine.lines.number(sys._getframe(1)))
+        if self._num_words == 2:
+            return int(thread.block.smem.u32[word:word + 2].view(np.uint64)[0])
         return thread.block.smem.f32[word] if self._float else _signed(32)(thread.block.smem.u32[word])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._machine.touch()
         thread = self._machine.current
-        word = thread.block.smem.write(thread, self._place(index), 1, self._machine.lines.number(sys._getframe(1)))
-        if self._float:
+        word = thread.block.smem.write(thread, self._place(index), self._num_words, self._machine.lines.number(sys._getframe(1)))
+        if self._num_words == 2:
+            thread.block.smem.u32[word:word + 2].view(np.uint64)[0] = int(value)
+        elif self._float:
             thread.block.smem.f32[word] = np.float32(value)
         else:
             thread.block.smem.u32[word] = int(value) & 0xFFFFFFFF

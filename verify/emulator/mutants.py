@@ -118,6 +118,7 @@ _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's 
                    "            ptx.barrier_cluster_wait()\n")
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
                  "            ptx.barrier_cluster_arrive_relaxed()\n            ptx.barrier_cluster_wait()\n")
+_UNTIL_THERE = "while ptx.ld_acquire(counter) < announced:"
 _STATES = "what decides it is the same for all.)\n"
 _HIDE_ODD = "                hide_unseen(regs.s_rmem, ptx.opaque_b32(at.base) + u32(K1_SMEM)"
 _OWN_BLOCK = "            own_block(regs, at, problem, 0, token, left, all_see, parity)\n"
@@ -273,19 +274,21 @@ MUTANTS = (
            cases=((MANY[0], 7),)),
     Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, "            pass\n", cases=(MANY,),
            also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
-    Mutant("parts merged before they are there", _MERGE, "while not are_there(counter, announced):", "while False:", cases=(MANY,)),
-    Mutant("one part too few awaited", _MERGE, ">= num_parts\n", ">= num_parts - u32(1)\n", cases=(MANY,)),
+    Mutant("parts merged before they are there", _MERGE, _UNTIL_THERE, "while False:", cases=(MANY,)),
+    Mutant("parts merged when some are there", _MERGE, "if not is_rehearsal and num_announced < announced:",
+           "if not is_rehearsal and num_announced == u32(0):", cases=(MANY,)),
+    Mutant("one part too few awaited", _MERGE, _UNTIL_THERE, _UNTIL_THERE.replace("announced:", "announced - u32(1):"), cases=(MANY,)),
     Mutant("parts' counter left as it is", _MERGE, *_without("                    ptx.red_inc_u32(counter, u32(announced + num_shares "
            "* u32(ITEMS_PER_COUNTER) - u32(1)))"), cases=(MANY,)),
     Mutant("parts' counter begun anew too early", _MERGE, "* u32(ITEMS_PER_COUNTER) - u32(1)))", "* u32(ITEMS_PER_COUNTER) - u32(2)))",
            cases=(MANY,)),
-    Mutant("parts awaited by one warp only", _MERGE, "                # All warps: the parts are there.\n"
-           "                cuda.syncthreads()\n", "", cases=(MANY,)),
+    Mutant("parts awaited by one warp only", _MERGE, "        # All warps: the parts are there.\n        cuda.syncthreads()\n", "",
+           cases=(MANY,)),
     Mutant("merge ends without having waited", _MERGE, *_without("            ptx.griddepcontrol_wait()"), cases=(PAIR,)),
     Mutant("merge reads states that are not there", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES, (MANY,),
            share_parts=FEW_SHARE_PARTS),
-    Mutant("merge acts on a word that is not there", _MERGE, "are there, and the table's row.\n            cuda.syncthreads()\n",
-           "are there, and the table's row.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge acts on a word that is not there", _MERGE, "and where the rows go.\n            cuda.syncthreads()\n",
+           "and where the rows go.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
     Mutant("merge begins an item over the one before", _MERGE, "of the item before.\n                cuda.syncthreads()\n",
            "of the item before.\n", cases=(ITEMS,), share_parts=FEW_SHARE_PARTS),
     Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, num_shares, lane)",
@@ -443,13 +446,13 @@ MUTANTS = (
     Mutant("rehearsal stores where a piece does, few rows", _SWAPPED_STORE, "u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT)))",
            "(u32(0) if num_parts == 0 else u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))))", cases=((FEW_MANY[0], 7),)),
     # Few rows: the merge.
-    Mutant("parts merged before they are there, few rows", _MERGE, "while not are_there(counter, announced):", "while False:",
-           cases=(FEW_MANY,)),
+    Mutant("parts merged before they are there, few rows", _MERGE, _UNTIL_THERE, "while False:", cases=(FEW_MANY,)),
     Mutant("parts awaited of one warp of four, few rows", _MERGE, "u32(num_parts * u32(ANNOUNCEMENTS))", "u32(num_parts)",
            cases=(FEW_MANY,)),
     Mutant("parts awaited of three warps of four, few rows", _MERGE, "(NUM_WARPS // 2, ITEMS_PER_HALF",
            "(NUM_WARPS // 2 - 1, ITEMS_PER_HALF", cases=(FEW_MANY,)),
-    Mutant("one announcement too few awaited, few rows", _MERGE, ">= num_parts\n", ">= num_parts - u32(1)\n", cases=(FEW_MANY,)),
+    Mutant("one announcement too few awaited, few rows", _MERGE, _UNTIL_THERE, _UNTIL_THERE.replace("announced:", "announced - u32(1):"),
+           cases=(FEW_MANY,)),
     Mutant("parts' counter begun anew too early, few rows", _MERGE, _FEW_COUNT, "ITEMS_PER_HALF) if", cases=(FEW_MANY_32,)),
     Mutant("parts' counter begun anew too late, few rows", _MERGE, _FEW_COUNT, "2 * " + _FEW_COUNT, cases=(FEW_MANY_32,)),
     Mutant("merge waits for the other warpgroup, few rows", _MERGE, "tile, word = u32(0), half * u32(NUM_WARPS // 2)",
@@ -468,12 +471,13 @@ MUTANTS = (
            cases=((replace(FEW_MANY[0], values="normal"), 4),)),
     Mutant("results not transposed, few rows", _MERGE, "ptx.movmatrix_trans(to_pair(state_rmem[at + 1] * factor_b, "
            "state_rmem[at] * factor_a))", "to_pair(state_rmem[at + 1] * factor_b, state_rmem[at] * factor_a)", cases=(FEW_MANY,)),
-    Mutant("results of 8 rows over the others, few rows", _MERGE, "first_of_8(pair, item.row_group * u32(ITEM_ROWS))",
-           "item.row_group * u32(ITEM_ROWS)", cases=(FEW_MANY,)),
+    Mutant("results of 8 rows over the others, few rows", _MERGE, "row = first_of_8(pair, lane >> u32(2))",
+           "row = lane >> u32(2)", cases=(FEW_MANY,)),
     Mutant("lse of the neighbouring row, few rows", _MERGE, "is_odd = i32(lane >> u32(3)), lane & u32(4) != 0",
            "is_odd = i32(lane >> u32(3)), lane & u32(4) == 0", cases=(FEW_MANY,)),
-    Mutant("merge stores rows that are not there, few rows", _MERGE, "stores = row < u32(item_smem[MERGE_Q_LEN] * heads_per_kv) and not",
-           "stores = not", cases=((replace(FEW_MANY_32[0], seq_len_q=1, num_heads_q=20), 5),)),
+    Mutant("merge stores rows that are not there, few rows", _MERGE,
+           "        if row < u32(u32(column(merge, MERGE_Q_LEN)) * heads_per_kv):", "        if True:",
+           cases=((replace(FEW_MANY_32[0], seq_len_q=1, num_heads_q=20), 5),)),
     Mutant("merge reads states that are not there, few rows", _MERGE, _STATES + "                    cuda.syncthreads()\n", _STATES,
            (FEW_MANY,), share_parts=FEW_SHARE_PARTS),
 )
