@@ -40,23 +40,25 @@ class _Shares(NamedTuple):
     """Of jobs of one kind.
 
     Half of the workers do where all would have no more than `half_blocks` blocks each: what is not cut need not be merged, and the merge's
-    thread blocks have SMs to begin on (up to 20% less). A job that four workers or more may have is merged by a kernel, whose thread blocks
-    want SMs to begin on while the decode runs: one worker in `left_out` is left out for them, unless all would have more than
-    `left_out_blocks` each.
+    thread blocks have SMs to begin on (up to 20% less). A job alone, of one row tile, lacks one worker in 3 up to `one_job_blocks` for
+    each: what is more than eight times eight pieces is merged less side by side (3 to 16% less). A job that four workers or more may have
+    is merged by a kernel, whose thread blocks want SMs to begin on while the decode runs: one worker in `left_out` is left out for them,
+    unless all would have more than `left_out_blocks` each.
     """
 
     half_blocks: int
+    one_job_blocks: int
     left_out: int
     left_out_blocks: float
 
 
 # The merge of a job of 16 rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each. Of a
 # small tile, whose blocks others read, too, it is L2 that is asked, and with 4 blocks each all workers are better (by 2 to 13%).
-_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 5, 16), _Shares(1, 5, 3)
-_OF_ONE_TILE, _OF_MORE = _Shares(2, 33, math.inf), _Shares(4, 33, math.inf)
-# Of a job alone, of one row tile, one in 3 is left out up to so many blocks for each: what is more than eight times eight pieces is merged
-# less side by side (12 to 15% less of 20,480 and 32,768 tokens with 64 heads, 3% of 65,536; 2% with 16 heads).
-_LEFT_OUT_OF_ONE_JOB, _BLOCKS_OF_ONE_JOB = 3, 8
+_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 8, 5, 16), _Shares(1, 0, 5, 3)
+# With 32 and 64 rows and more than 4 blocks for each of all a job alone takes 3 to 8% less by all but the merge's; from 3.4 blocks on two
+# row tiles take 5% less by them than by half.
+_OF_ONE_TILE, _OF_MORE = _Shares(2, 4, 33, math.inf), _Shares(3, 0, 33, math.inf)
+_LEFT_OUT_OF_ONE_JOB = 3
 
 
 def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
@@ -129,8 +131,8 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     """How many of the workers that fit the machine share the jobs of a KV head: one for each job at least."""
     if shape.ragged:
         return most
-    num_jobs, is_one_tile = shape.num_jobs(rows_per_job), rows_per_job <= BLOCK_M
-    shares = _OF_ONE_TILE if is_one_tile else _OF_MORE
+    num_jobs = shape.num_jobs(rows_per_job)
+    shares = _OF_ONE_TILE if rows_per_job <= BLOCK_M else _OF_MORE
     if rows_per_job == min(SWAPPED_ROWS):
         shares = _OF_SMALL_TILES if _is_small_tile(shape, rows_per_job) else _OF_16_ROWS
     # For each worker if all take part.
@@ -140,7 +142,7 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
         workers = num_jobs
     elif blocks <= shares.half_blocks:
         workers = _half(most)
-    elif num_jobs == 1 and is_one_tile and blocks <= _BLOCKS_OF_ONE_JOB:
+    elif num_jobs == 1 and blocks <= shares.one_job_blocks:
         workers = most - most // _LEFT_OUT_OF_ONE_JOB
     elif 4 * num_jobs <= most and not shares.left_out_blocks < blocks < math.inf:
         workers = most - most // shares.left_out
