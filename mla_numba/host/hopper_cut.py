@@ -39,14 +39,15 @@ _MERGE_SHARE_PARTS, _MERGE_SHARE_PARTS_OF_FEW_ROWS, _MERGE_SHARE_PARTS_OF_HALF =
 class _Shares(NamedTuple):
     """Of jobs of one kind.
 
-    Half of the workers do where all would have no more than `half_blocks` blocks each: what is not cut need not be merged, and the merge's
-    thread blocks have SMs to begin on (up to 20% less). A job alone, of one row tile, lacks one worker in 3 up to `one_job_blocks` for
-    each: what is more than eight times eight pieces is merged less side by side (3 to 16% less). A job that four workers or more may have
-    is merged by a kernel, whose thread blocks want SMs to begin on while the decode runs: one worker in `left_out` is left out for them,
-    unless all would have more than `left_out_blocks` each.
+    Half of the workers do where all would have no more than `half_blocks` blocks each, or, if nearly each of that half has a job of its
+    own, `whole_blocks`: what is not cut need not be merged, and the merge's thread blocks have SMs to begin on (up to 20% less). A job
+    alone, of one row tile, lacks one worker in 3 up to `one_job_blocks` for each: what is more than eight times eight pieces is merged
+    less side by side (3 to 16% less). A job that four workers or more may have is merged by a kernel, whose thread blocks want SMs to
+    begin on while the decode runs: one worker in `left_out` is left out for them, unless all would have more than `left_out_blocks` each.
     """
 
     half_blocks: int
+    whole_blocks: int
     one_job_blocks: int
     left_out: int
     left_out_blocks: float
@@ -54,10 +55,10 @@ class _Shares(NamedTuple):
 
 # The merge of a job of 16 rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each. Of a
 # small tile, whose blocks others read, too, it is L2 that is asked, and with 4 blocks each all workers are better (by 2 to 13%).
-_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 8, 5, 16), _Shares(1, 0, 5, 3)
-# With 32 and 64 rows and more than 4 blocks for each of all a job alone takes 3 to 8% less by all but the merge's; from 3.4 blocks on two
-# row tiles take 5% less by them than by half.
-_OF_ONE_TILE, _OF_MORE = _Shares(2, 4, 33, math.inf), _Shares(3, 0, 33, math.inf)
+_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 1, 8, 5, 16), _Shares(1, 1, 0, 5, 3)
+# With 32 and 64 rows and more than 4 blocks for each of all a job alone takes 3 to 8% less by all but the merge's. Two row tiles and 3.4 to
+# 3.9 blocks take 5% less by them than by half, but 30 and 33 jobs 5 to 6% less by half.
+_OF_ONE_TILE, _OF_MORE = _Shares(2, 2, 4, 33, math.inf), _Shares(3, 4, 0, 33, math.inf)
 _LEFT_OUT_OF_ONE_JOB = 3
 
 
@@ -140,7 +141,7 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
     workers = most
     if _is_short(shape, rows_per_job, most, num_blocks):
         workers = num_jobs
-    elif blocks <= shares.half_blocks:
+    elif blocks <= (shares.whole_blocks if 4 * num_jobs > 3 * _half(most) else shares.half_blocks):
         workers = _half(most)
     elif num_jobs == 1 and blocks <= shares.one_job_blocks:
         workers = most - most // _LEFT_OUT_OF_ONE_JOB
