@@ -359,6 +359,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         states_smem = cuda.shared.array(STATES_SMEM, types.float32)
         rows_smem = cuda.shared.array(ROWS_SMEM, types.uint64)
         announced_smem = cuda.shared.array(1, types.uint32)
+        # The warp's number by a shuffle, as in hopper_decode: shuffles have no second copies then (60 instructions).
         warp, lane = u32(cuda.shfl_sync(0xFFFFFFFF, i32(u32(cuda.threadIdx.x) >> u32(5)), 0)), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)
         place, row = u32(cuda.blockIdx.x), u32(cuda.blockIdx.z)
