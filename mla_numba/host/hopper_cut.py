@@ -47,18 +47,21 @@ class _Shares(NamedTuple):
     """
 
     half_blocks: int
-    whole_blocks: int
-    one_job_blocks: int
     left_out: int
-    left_out_blocks: float
+    left_out_blocks: float = math.inf
+    one_job_blocks: int = 0
+    whole_blocks: int = 0
 
 
 # The merge of a job of 16 rows is cheapest, and then fewer SMs ask memory for as much: up to 10% less; 1% more with 128 blocks each. Of a
 # small tile, whose blocks others read, too, it is L2 that is asked, and with 4 blocks each all workers are better (by 2 to 13%).
-_OF_16_ROWS, _OF_SMALL_TILES = _Shares(1, 1, 8, 5, 16), _Shares(1, 1, 0, 5, 3)
+_OF_16_ROWS = _Shares(half_blocks=1, left_out=5, left_out_blocks=16, one_job_blocks=8)
+_OF_SMALL_TILES = _Shares(half_blocks=1, left_out=5, left_out_blocks=3)
 # With 32 and 64 rows and more than 4 blocks for each of all a job alone takes 3 to 8% less by all but the merge's. Two row tiles and 3.4 to
 # 3.9 blocks take 5% less by them than by half, but 30 and 33 jobs 5 to 6% less by half.
-_OF_ONE_TILE, _OF_MORE = _Shares(2, 2, 4, 33, math.inf), _Shares(3, 4, 0, 33, math.inf)
+_OF_ONE_TILE = _Shares(half_blocks=2, left_out=33, one_job_blocks=4)
+_OF_MORE = _Shares(half_blocks=3, left_out=33, whole_blocks=4)
+# One worker in so many is left out of a job alone.
 _LEFT_OUT_OF_ONE_JOB = 3
 
 
@@ -138,10 +141,11 @@ def _num_workers(shape: DecodeShape, rows_per_job: int, most: int, num_blocks: i
         shares = _OF_SMALL_TILES if _is_small_tile(shape, rows_per_job) else _OF_16_ROWS
     # For each worker if all take part.
     blocks = math.inf if num_blocks is None else num_jobs * num_blocks / most
+    has_job_each = 4 * num_jobs > 3 * _half(most)
     workers = most
     if _is_short(shape, rows_per_job, most, num_blocks):
         workers = num_jobs
-    elif blocks <= (shares.whole_blocks if 4 * num_jobs > 3 * _half(most) else shares.half_blocks):
+    elif blocks <= max(shares.half_blocks, shares.whole_blocks if has_job_each else 0):
         workers = _half(most)
     elif num_jobs == 1 and blocks <= shares.one_job_blocks:
         workers = most - most // _LEFT_OUT_OF_ONE_JOB

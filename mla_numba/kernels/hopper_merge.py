@@ -72,6 +72,7 @@ from .hopper_config import (
     Results,
 )
 from .hopper_load import column, load_row
+from .hopper_store import query_and_head
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
@@ -96,9 +97,11 @@ BATCH, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * 4
 O_STATE = 4
 STATE_FLOATS = O_STATE + 4 * PAIR
 STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
-# What a block's warps share of an item, besides states: where each of its rows goes, and then where the lse of each goes.
 ROWS_SMEM = 2 * ITEM_ROWS
 
+# What a block's warps share: their states; where each of an item's rows goes, and then where the lse of each goes; how many announcements
+# of its parts thread 0 has seen.
+Shared = namedtuple("Shared", "states_smem rows_smem announced_smem")
 # What a launch has in common, and which item of a row of the table a block has.
 Shape = namedtuple("Shape", "row_tiles heads_per_kv")
 Item = namedtuple("Item", "group half row_group kv_head")
@@ -215,10 +218,8 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         out, lse = u64(0), u64(0)
         q_batch, q_begin = i64(column(merge, MERGE_Q_BATCH)), u32(column(merge, MERGE_Q_BEGIN))
         if row < u32(u32(column(merge, MERGE_Q_LEN)) * heads_per_kv):
-            # The remainder by a product: another division is 18 instructions.
-            tokens_before = u32(row // heads_per_kv)
-            head_of_kv = u32(row - u32(tokens_before * heads_per_kv))
-            token, head = i64(u32(q_begin + tokens_before)), i64(u32(u32(kv_head * heads_per_kv) + head_of_kv))
+            query, head_of_kv = query_and_head(row, heads_per_kv)
+            token, head = i64(u32(q_begin + query)), i64(u32(u32(kv_head * heads_per_kv) + head_of_kv))
             out = results.out + u64(q_batch * results.out_batch_stride + token * results.out_token_stride + head * results.out_head_stride)
             lse = results.lse + u64(q_batch * results.lse_batch_stride + token * results.lse_token_stride + head * results.lse_head_stride)
         return out, lse
@@ -284,8 +285,9 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         cuda.syncthreads()
 
     @inline
-    def merge_item(state_rmem, states_smem, rows_smem, announced_smem, merge, num_parts, item, warp, lane, shape, partials, results):
+    def merge_item(state_rmem, shared, merge, num_parts, item, warp, lane, shape, partials, results):
         """An item of a row of the table: 8 pairs of strips of 16 rows, or this share of them."""
+        states_smem, rows_smem, announced_smem = shared
         group, half, row_group = item.group, item.half, item.row_group
         num_shares, share = u32(column(merge, MERGE_NUM_SHARES)), u32(column(merge, MERGE_SHARE))
         first_of_job = u32(column(merge, MERGE_FIRST_SLOT))
@@ -356,10 +358,9 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         shape = Shape(u32(row_tiles), u32(heads_per_kv))
         results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                           lse_token_stride, empty_lse)
-        states_smem = cuda.shared.array(STATES_SMEM, types.float32)
-        rows_smem = cuda.shared.array(ROWS_SMEM, types.uint64)
-        announced_smem = cuda.shared.array(1, types.uint32)
-        # The warp's number by a shuffle, as in hopper_decode: shuffles have no second copies then (60 instructions).
+        shared = Shared(cuda.shared.array(STATES_SMEM, types.float32), cuda.shared.array(ROWS_SMEM, types.uint64),
+                        cuda.shared.array(1, types.uint32))
+        # By a shuffle, as in hopper_decode: shuffles have no second copies then (8 instructions, 80 with few rows).
         warp, lane = u32(cuda.shfl_sync(0xFFFFFFFF, i32(u32(cuda.threadIdx.x) >> u32(5)), 0)), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)
         place, row = u32(cuda.blockIdx.x), u32(cuda.blockIdx.z)
@@ -371,7 +372,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         # Before the number is looked at, lest the row be loaded only then: a shuffle stays where it is.
         num_parts = u32(column(merge, MERGE_NUM_PARTS))
         while row < num_rows:
-            merge_item(state_rmem, states_smem, rows_smem, announced_smem, merge, num_parts, item, warp, lane, shape, partials, results)
+            merge_item(state_rmem, shared, merge, num_parts, item, warp, lane, shape, partials, results)
             row = u32(row + u32(cuda.gridDim.z))
             if row < num_rows:
                 # All warps: they are done with what is in shared memory of the item before.

@@ -58,6 +58,13 @@ Part = namedtuple("Part", "is_last row rows_of_request counter o state")
 ANNOUNCED = 3
 
 
+@inline
+def query_and_head(row, heads_per_kv):
+    """A packed row's query and head, of its KV head's; the remainder by a product, as another division is 18 instructions."""
+    query = u32(row // heads_per_kv)
+    return query, u32(row - u32(query * heads_per_kv))
+
+
 def make_store(config: HopperConfig) -> SimpleNamespace:
     """The functions below, by name: release_q, end_piece and store_piece, for the consumer warps, the last two before and after the sums
     are exchanged; others are hopper_swapped_store's, too."""
@@ -137,10 +144,10 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
         such row."""
         # Opaque, lest the reciprocal for the division be kept in a register across all pieces; unsigned, lest it be one of 64 bits.
         heads = ptx.opaque_b32(u32(heads_per_kv))
-        query = u32(row) // heads
+        query, head_of_kv = query_and_head(u32(row), heads)
         q_batch = ptx.ld_shared_i32(words + u32(PIECE_Q_BATCH))
         token = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_BEGIN)) + i32(query))
-        head = i32(i32(u32(kv_head) * heads) + i32(u32(row) - query * heads))
+        head = i32(i32(u32(kv_head) * heads) + i32(head_of_kv))
         address = i64(0)
         if row < rows_of_request:
             address = (i64(results.out) + q_batch * results.out_batch_stride + token * results.out_token_stride

@@ -50,7 +50,7 @@ class SharedArray:
 
     def __init__(self, machine: Machine, address: int, count: int, kind: str):
         self._machine, self.address, self._count = machine, address, count
-        self._float, self._num_words = kind == "float32", 2 if kind == "uint64" else 1
+        self._float, self._num_words = kind == "float32", -(-_ITEM_BYTES[kind] // 4)
 
     def _place(self, index: Any) -> int:
         if not 0 <= int(index) < self._count:
