@@ -209,11 +209,12 @@ def make_decode_kernel(config: HopperConfig) -> Callable[..., None]:
         if CLUSTER_SIZE > 1:
             ptx.barrier_cluster_arrive_relaxed()
         ptx.griddepcontrol_launch_dependents()
-        # All threads: the mbarriers are there.
-        cuda.syncthreads()
         if CLUSTER_SIZE > 1:
             # All threads of both blocks: the other block's mbarriers are there, too.
             ptx.barrier_cluster_wait()
+        else:
+            # All threads: the mbarriers are there.
+            cuda.syncthreads()
         if wg == 2:
             give_registers()
             if warp == NUM_WARPS:

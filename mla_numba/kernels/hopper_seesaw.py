@@ -132,7 +132,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
     @inline
     def attend_even(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 0's part of a piece; returns the parity of its buffer's next use."""
-        token, left = begin_block * i32(BLOCK_N), num_blocks
+        token, left = i32(begin_block * i32(BLOCK_N)), num_blocks
         ask_qk(regs, at.base, 0, parity)
         # Warpgroup 0 arrives, warpgroup 1 waits: the tensor core has been asked for S of the even block.
         ptx.bar_arrive(u32(S0_ASKED), u32(NUM_CONSUMERS))
@@ -144,14 +144,13 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 release_q(at.base, at.lane, u32(0), True)
             even_step(regs, at, problem, parity, left)
             parity = u32(parity + u32(NEXT_STEP))
-            token += i32(2 * BLOCK_N)
-            left -= i32(2)
+            token, left = i32(token + i32(2 * BLOCK_N)), i32(left - i32(2))
         return parity
 
     @inline
     def attend_odd(regs, at, problem, begin_block, num_blocks, all_see, parity):
         """Warpgroup 1's part of a piece; returns the parity of its buffer's next use."""
-        token, left = begin_block * i32(BLOCK_N) + i32(BLOCK_N), num_blocks
+        token, left = i32((begin_block + i32(1)) * i32(BLOCK_N)), num_blocks
         # Warpgroup 1 arrives, warpgroup 0 waits: the piece before's maximum has been read, and its results have left P0's place.
         ptx.bar_arrive(u32(P0_FREE), u32(NUM_CONSUMERS))
         while left > 0:
@@ -165,8 +164,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
                 release_q(at.base, at.lane, u32(0), True)
             odd_step(regs, at, problem, parity, left)
             parity = u32(parity + u32(NEXT_STEP))
-            token += i32(2 * BLOCK_N)
-            left -= i32(2)
+            token, left = i32(token + i32(2 * BLOCK_N)), i32(left - i32(2))
         return parity
 
     return attend_even, attend_odd

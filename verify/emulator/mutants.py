@@ -205,7 +205,7 @@ MUTANTS = (
     Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
-    Mutant("block goes on before the mbarriers are there", _DECODE, *_without("        cuda.syncthreads()")),
+    Mutant("block goes on before the mbarriers are there", _DECODE, *_without("            cuda.syncthreads()")),
     Mutant("buffer freed by three warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
            "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE - 1)"),
     Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
