@@ -187,6 +187,17 @@ def _convert(dtype: Any) -> Callable[[Arrays], Arrays]:
     return expected
 
 
+# Each byte at each place, of either word.
+_SELECTORS = (0x3210, 0x7654, 0x0123, 0x4567, 0x1302, 0x5746, 0x2051, 0x6435)
+
+
+def _bytes(inputs: Arrays) -> Arrays:
+    a, b = inputs["a"].view(np.uint32), inputs["b"].view(np.uint32)
+    given = np.stack((a, b), 1).view(np.uint8)
+    words = [np.ascontiguousarray(given[:, [selector >> 4 * i & 7 for i in range(4)]]).view(np.uint32)[:, 0] for selector in _SELECTORS]
+    return {"words": np.concatenate(words), "floats": np.where(b >> 31 == 1, -inputs["a"], inputs["a"])}
+
+
 # Memory. Words that are floats too, and no NaN.
 
 
@@ -203,7 +214,9 @@ def _shared_memory(inputs: Arrays) -> Arrays:
 
 def _global_memory(inputs: Arrays) -> Arrays:
     x, count = inputs["x"], inputs["words"].size
-    return {"words": x[:count].view(np.uint32), "floats": x[:count], "quads": x.reshape(-1, 4)[:, ::-1].reshape(-1)}
+    quads = x.reshape(-1, 4)
+    return {"words": x[:count].view(np.uint32), "floats": x[:count], "quads": quads[:, ::-1].reshape(-1),
+            "pairs": quads[:, [2, 3, 3, 0]].reshape(-1).view(np.uint32)}
 
 
 def _fragments(matrices: np.ndarray) -> np.ndarray:
@@ -363,6 +376,9 @@ _ALL = [
     Effect("multiply_add", "make_multiply_add", _multiply_add_inputs, _multiply_add),
     *(Effect(name, "make_convert", _convert_inputs, _convert(dtype), (name,), num_threads=2 * WARP)
       for name, dtype in (("cvt_bf16x2", ml_dtypes.bfloat16), ("cvt_f16x2", np.float16))),
+    Effect("bytes", "make_bytes",
+           lambda rng: {"words": _unset(len(_SELECTORS) * WARP), "floats": _unset(WARP, np.float32), "a": _floats(rng, WARP),
+                        "b": _floats(rng, WARP)}, _bytes, (_SELECTORS,)),
 
     Effect("opaque", "make_opaque",
            lambda rng: {"floats": _unset(4 * WARP, np.float32), "words": _unset(2 * WARP), "x": _floats(rng, 4 * WARP)}, _opaque),
@@ -370,8 +386,8 @@ _ALL = [
            lambda rng: {"words": _unset(128), "floats": _unset(128, np.float32), "quads": _unset(4 * 128), "x": _floats(rng, 128)},
            _shared_memory, (128,), num_threads=128, smem_bytes=24 * 128 + ALIGNMENT),
     Effect("global_memory", "make_global_memory",
-           lambda rng: {"words": _unset(128), "floats": _unset(128, np.float32), "quads": _unset(4 * 128, np.float32),
-                        "x": _floats(rng, 4 * 128)}, _global_memory, num_threads=128),
+           lambda rng: {"words": _unset(128), "floats": _unset(128, np.float32), "pairs": _unset(4 * 128),
+                        "quads": _unset(4 * 128, np.float32), "x": _floats(rng, 4 * 128)}, _global_memory, num_threads=128),
     *(Effect(f"{move}_x4{suffix}", f"make_{move}", lambda rng: {"out": _unset(4 * WARP), "x": _words(rng, 4 * WARP)},
              expected(bool(suffix)), (f"{move}_x4{suffix}",), smem_bytes=16 * WARP + ALIGNMENT)
       for move, expected in (("ldmatrix", _ldmatrix), ("stmatrix", _stmatrix)) for suffix in ("", "_trans")),

@@ -52,6 +52,17 @@ def make_multiply_add():
     return kernel
 
 
+def make_bytes(selectors):
+    def kernel(words, floats, a, b):
+        at = u64(4 * cuda.threadIdx.x)
+        a_bits, b_bits = ptx.bits_of_f32(ptx.ld_global_f32(a + at)), ptx.bits_of_f32(ptx.ld_global_f32(b + at))
+        for i in range(len(selectors)):
+            ptx.st_global_b32(words + at + u64(4 * WARP * i), ptx.prmt(a_bits, b_bits, u32(selectors[i])))
+        ptx.st_global_f32(floats + at, ptx.f32_of_bits(a_bits ^ (b_bits & u32(0x80000000))))
+
+    return kernel
+
+
 def make_opaque():
     floats_begin, floats_fence = ptx.make_registers_begin(4), ptx.make_registers_fence(4)
     words_fence = ptx.make_registers_fence(2, types.uint32)
@@ -100,15 +111,19 @@ def make_shared_memory(num_threads):
 
 
 def make_global_memory():
-    def kernel(words, floats, quads, x):
+    def kernel(words, floats, pairs, quads, x):
         thread = i32(cuda.threadIdx.x)
         at = u64(4 * thread)
-        quad_rmem = cuda.local.array(8, types.float32)
+        quad_rmem, words_rmem = cuda.local.array(8, types.float32), cuda.local.array(6, types.uint32)
         ptx.prefetch_global_l2(x + u64(16 * thread))
         ptx.ld_global_v4_f32(quad_rmem, 4, x + u64(16 * thread))
         ptx.st_global_b32(words + at, u32(ptx.ld_global_i32(x + at)))
         ptx.st_global_f32(floats + at, ptx.ld_global_f32(x + at))
         ptx.st_global_v4_f32(quads + u64(16 * thread), quad_rmem[7], quad_rmem[6], quad_rmem[5], quad_rmem[4])
+        ptx.ld_global_v2_b32(words_rmem, 0, x + u64(16 * thread + 8))
+        ptx.ld_global_v4_b32(words_rmem, 2, x + u64(16 * thread))
+        ptx.st_global_v2_b32(pairs + u64(16 * thread), words_rmem[0], words_rmem[1])
+        ptx.st_global_v2_b32(pairs + u64(16 * thread + 8), words_rmem[5], words_rmem[2])
 
     return kernel
 

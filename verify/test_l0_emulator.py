@@ -142,7 +142,20 @@ def _merge_of(num_parts: int, num_kv_heads: int, num_heads_q: int, rows_per_job:
     return schedule
 
 
-def _check_merge(schedule: Tables, num_rows: int, num_sms: int, o_partial: np.ndarray, states: np.ndarray, counters: np.ndarray,
+def _packed(o: np.ndarray, slot_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of strips (..., pair, strip, lane, float) as they lie in a warp's part, a slot of so many bytes, as hopper_part says; and what
+    of each float is there."""
+    bits = o.view(np.uint32)
+    # (..., pair, strip, lane, word of three) to (..., pair, lane, word of six).
+    words = np.moveaxis(bits[..., :3] & ~np.uint32(0xFF) | bits[..., 3:] >> np.array([8, 16, 24], np.uint32) & 0xFF, -3, -2)
+    words = words.reshape(*words.shape[:-2], 6)
+    pairs = np.concatenate([words[..., part].reshape(*words.shape[:-2], -1) for part in (slice(4), slice(4, 6))], axis=-1)
+    slots = np.full((*pairs.shape[:-2], slot_bytes // 4), 0x7FC00000, np.uint32)
+    slots[..., :pairs.shape[-2] * pairs.shape[-1]] = pairs.reshape(*pairs.shape[:-2], -1)
+    return slots, (bits & ~np.uint32(0xFF)).view(np.float32)
+
+
+def _check_merge(schedule: Tables, num_rows: int, num_sms: int, slots: np.ndarray, states: np.ndarray, counters: np.ndarray,
                  rows: np.ndarray, lse2: np.ndarray) -> None:
     """Merge the parts that lie in the first three arrays; they are `rows` (slot, KV head, row, column) and `lse2` (slot, KV head, row)."""
     num_parts, (num_kv_heads, heads) = int(schedule.num_splits[1]), rows.shape[1:3]
@@ -150,7 +163,7 @@ def _check_merge(schedule: Tables, num_rows: int, num_sms: int, o_partial: np.nd
     gpu = EmulatedGpu(num_parts, num_sms=num_sms)
     out, lse = np.full((1, num_heads_q, 512), np.nan, np.float16), np.full((num_heads_q, 1), np.nan, np.float32)
     address = {name: gpu.machine.memory.add(name, array.reshape(-1).view(np.uint8), writable=name in ("counters", "out", "lse"))
-               for name, array in (("o", o_partial), ("states", states), ("counters", counters), ("out", out), ("lse", lse))}
+               for name, array in (("o", slots), ("states", states), ("counters", counters), ("out", out), ("lse", lse))}
     tables = gpu.place_schedule(schedule).addresses
     items = ITEMS_PER_GROUP * ceil_div(heads, ITEM_ROWS)
     gpu.launch(hopper.merge_spec("float16", num_rows), (items, num_kv_heads, num_sms), 0, tables["merges"], tables["totals"],
@@ -162,7 +175,7 @@ def _check_merge(schedule: Tables, num_rows: int, num_sms: int, o_partial: np.nd
     parts = [(rows[i].reshape(1, num_heads_q, 512), math.log(2) * lse2[i].reshape(num_heads_q, 1)) for i in range(num_parts)]
     want, want_lse = merge_states_ref(parts)
     weighted, _ = merge_states_ref([(np.abs(part), part_lse) for part, part_lse in parts])
-    # A weight is an exp2 of a rounded difference of up to 2^5; sums of num_parts products; each part was rounded once more when made up.
+    # A weight is an exp2 of a rounded difference of up to 2^5; sums of num_parts products.
     relative = 2 * FUNCTION + 2 * 2 ** 5 * UNIT + gamma(2 * num_parts + 8)
     step, least = unit_roundoff("float16")
     assert_within("out", out, want, relative * weighted + step * np.abs(want) + least)
@@ -172,7 +185,7 @@ def _check_merge(schedule: Tables, num_rows: int, num_sms: int, o_partial: np.nd
 @pytest.mark.parametrize(("num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [
     (3, 1, 16, 1), (8, 2, 34, 3), (9, 1, 80, 2), (16, 1, 5, 1), (17, 1, 20, 3), (33, 1, 16, 2), (132, 1, 1, 3)])
 def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int, num_sms: int) -> None:
-    """Partial results made up, some rows empty in some or all parts, against float64."""
+    """Partial results made up, some rows empty in some or all parts, some numbers infinite, against float64."""
     heads, rng = num_heads_q // num_kv_heads, np.random.default_rng(num_parts)
     row_tiles = ceil_div(heads, 64)
     schedule = _merge_of(num_parts, num_kv_heads, num_heads_q, 64 * row_tiles)
@@ -181,13 +194,15 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     maxima, sums = _made_up_states((schedule.num_slots, num_kv_heads, row_tiles, 64), rng)
     lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
     sums_of_o = sums.reshape(*sums.shape[:3], 4, 2, 8).transpose(0, 1, 2, 3, 5, 4)[:, :, :, None, :, None, :, None, :, None]
-    o_partial = (o * sums_of_o).astype(np.float32)
+    o[(rng.random(o.shape) < 1e-3) & (sums_of_o > 0)] = np.inf
+    slots, there = _packed((o * sums_of_o).astype(np.float32).reshape(*o.shape[:5], 16, 2, 32, 4), 32 * 512)
+    o = there.reshape(o.shape) / np.where(sums_of_o > 0, sums_of_o, 1).astype(float)
     states = np.ascontiguousarray(np.broadcast_to(np.stack((maxima, sums), 3)[:, :, :, None], (*sums.shape[:3], 2, 2, 64)))
     # Of the warps that have rows all parts are there.
     counters = np.zeros((schedule.num_slots, num_kv_heads, row_tiles, 2, 4), np.uint32)
     counters[0] = num_parts * (16 * np.arange(4 * row_tiles).reshape(row_tiles, 1, 4) < heads)
     rows = o.transpose(0, 1, 2, 4, 8, 6, 3, 5, 7, 9).reshape(schedule.num_slots, num_kv_heads, row_tiles * 64, 512)[:, :, :heads]
-    _check_merge(schedule, 64, num_sms, o_partial, states, counters, rows, lse2.reshape(*lse2.shape[:2], -1)[:, :, :heads])
+    _check_merge(schedule, 64, num_sms, slots, states, counters, rows, lse2.reshape(*lse2.shape[:2], -1)[:, :, :heads])
 
 
 @pytest.mark.parametrize(("num_rows", "num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [
@@ -200,14 +215,19 @@ def test_merge_kernel_alone_of_few_rows(num_rows: int, num_parts: int, num_kv_he
     o = rng.standard_normal((schedule.num_slots, num_kv_heads, 2, 4, 4, num_rows // 8, 8, 4, 2, 2)).astype(np.float32)
     maxima, sums = _made_up_states((schedule.num_slots, num_kv_heads, num_rows), rng)
     lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
-    o_partial = (o * sums.reshape(*sums.shape[:2], 1, 1, 1, num_rows // 8, 1, 4, 1, 2)).astype(np.float32)
+    sums_of_o = sums.reshape(*sums.shape[:2], 1, 1, 1, num_rows // 8, 1, 4, 1, 2)
+    o[(rng.random(o.shape) < 1e-3) & (sums_of_o > 0)] = np.inf
+    # Pairs are of the same rows in tiles 0 and 1, or 2 and 3.
+    pairs = (o * sums_of_o).astype(np.float32).reshape(*o.shape[:4], 2, 2, num_rows // 8, 32, 4).swapaxes(5, 6)
+    slots, there = _packed(np.ascontiguousarray(pairs).reshape(*o.shape[:4], num_rows // 4, 2, 32, 4), num_rows * 256)
+    o = there.reshape(pairs.shape).swapaxes(5, 6).reshape(o.shape) / np.where(sums_of_o > 0, sums_of_o, 1).astype(float)
     # Of every warp.
     states = np.ascontiguousarray(np.broadcast_to(np.stack((maxima, sums), 2)[:, :, None], (*sums.shape[:2], 8, 2, num_rows)))
     # The 4 warps of a warpgroup count up its first word.
     counters = np.zeros((schedule.num_slots, num_kv_heads, 2, 4), np.uint32)
     counters[0, :, :, 0] = 4 * num_parts
     rows = o.transpose(0, 1, 5, 7, 9, 2, 4, 3, 8, 6).reshape(schedule.num_slots, num_kv_heads, num_rows, 512)[:, :, :heads]
-    _check_merge(schedule, num_rows, num_sms, o_partial, states, counters, rows, lse2[:, :, :heads])
+    _check_merge(schedule, num_rows, num_sms, slots, states, counters, rows, lse2[:, :, :heads])
 
 
 def test_rare_events_are_no_deadlock() -> None:

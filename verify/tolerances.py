@@ -10,7 +10,8 @@ truncate, as tensor cores do), a row of L visible tokens is computed with
 - at most R = L / 16 + 8 rescales (KV blocks of 16 tokens or more, pieces of a split and their merge), each one exp2 and one rounding;
 - P rounded to the input dtype (unit roundoff u_p; half a smallest subnormal, t_p, where that is more), scaled by at most 2^8 when the
   maximum may lag, and flushed to zero below the normal range: 2^-126 2^8 = `FLUSH`, relative to the row's largest P;
-- the row sum, and P.V, in float32 in any order, in pieces or not; out rounded to its dtype once.
+- the row sum, and P.V, in float32 in any order, in pieces or not; out rounded to its dtype once. Where that has 16 bits, each piece's P.V
+  may lose the last byte of its float32 on its way to the others: an error of at most `PIECE` of it, here p, elsewhere 0.
 
 **Weights.** All errors of a logit, and those that come with the maximum or a rescale, are a shift of x_j by at most
 
@@ -21,11 +22,12 @@ cancels: dividing by that of the heaviest token j* is as good, which gives h_j =
 it all. Each row takes whichever makes H = sum_j w_j h_j smaller.
 
 **out.** The kernel has N / S, N = sum w_j f_j (1 + e_j) v_j, S = sum w_j f_j (1 + b_j), |b_j| <= B = g(L + 2R + 32),
-|w_j f_j e_j| <= r_j + B (w_j h_j + r_j), r_j = min(max(u_p w_j h_j, t_p max_i w_i h_i), w_j h_j). Since sum w_j (v_j - out) = 0,
+|w_j f_j e_j| <= r_j + C (w_j h_j + r_j), C = B + p (1 + B), r_j = min(max(u_p w_j h_j, t_p max_i w_i h_i), w_j h_j). Since
+sum w_j (v_j - out) = 0,
 
     N - out S = sum w_j (f_j - 1) (v_j - out) + sum w_j f_j (e_j v_j - b_j out)
     S >= (1 - B) sum w_j / h_j >= (1 - B) / H                                                       (Cauchy-Schwarz)
-    |N / S - out| <= H / (1 - B) (sum_j [w_j (h_j - 1) + r_j + B (w_j h_j + r_j)] |v_j| + [H - 1 + B H] |out|)
+    |N / S - out| <= H / (1 - B) (sum_j [w_j (h_j - 1) + r_j + C (w_j h_j + r_j)] |v_j| + [H - 1 + B H] |out|)
 
 and the final rounding adds u_p of what stands there, or t_p; float32 products flushed to zero add a FLUSH per operation.
 
@@ -50,6 +52,7 @@ UNIT = 2.0 ** -24
 ACCUMULATE = 2.0 ** -23
 FUNCTION = 2.0 ** -20
 FLUSH = 2.0 ** -118
+PIECE = 2.0 ** -15
 LEAST_BLOCK = 16
 
 
@@ -78,7 +81,7 @@ def _weights(log2_weights, shift):
     return tuple(np.exp2(np.minimum(log2_weights + h, 1000.0)) for h in (shift, centred))
 
 
-def out_bound(log2_weights, shift, values, out, *, dtype, operations, p_dtype=None, value_errors=None):
+def out_bound(log2_weights, shift, values, out, *, dtype, operations, p_dtype=None, piece=0.0, value_errors=None):
     """Bound on |out| of a kernel that averages `values` with softmax weights: array like `out`.
 
     Parameters
@@ -93,6 +96,8 @@ def out_bound(log2_weights, shift, values, out, *, dtype, operations, p_dtype=No
         Float32 operations on the way to a sum (L + 2R + 32).
     dtype, p_dtype : str
         What out, and P, are rounded to; None: P stays float32.
+    piece : float
+        How far of itself a piece's P.V may be from what was computed.
     """
     unit, least = unit_roundoff(dtype)
     p_unit, p_least = unit_roundoff(p_dtype) if p_dtype else (0.0, 0.0)
@@ -102,7 +107,7 @@ def out_bound(log2_weights, shift, values, out, *, dtype, operations, p_dtype=No
     total = heavy.sum(axis=-1, keepdims=True)
     drift = heavy - np.exp2(log2_weights)
     rounding = np.minimum(np.maximum(p_unit * heavy, p_least * heavy.max(axis=-1, keepdims=True)), heavy)
-    error = (drift + rounding + g * (heavy + rounding)) @ np.abs(values)
+    error = (drift + rounding + (g + piece * (1.0 + g)) * (heavy + rounding)) @ np.abs(values)
     error += (drift.sum(axis=-1, keepdims=True) + g * total) * np.abs(out)
     if value_errors is not None:
         error += (1.0 + g) * (heavy @ value_errors)
@@ -144,7 +149,8 @@ def decode_bounds(q, kv_cache, block_table, seq_lens, *, dtype, head_dim_v=HEAD_
         size = (math.log2(math.e) * np.abs(logits) + shift).max(axis=1, keepdims=True) + math.log2(len(keys))
         shift += (rescales + 10) * UNIT * size + (rescales + 10 + math.log2(len(keys))) * FUNCTION
         operations = len(keys) + 2 * rescales + 32
-        out_err[index] = out_bound(log2_weights, shift, values, out[index], dtype=dtype, operations=operations, p_dtype=dtype)
+        out_err[index] = out_bound(log2_weights, shift, values, out[index], dtype=dtype, operations=operations, p_dtype=dtype,
+                                   piece=0.0 if dtype == "float32" else PIECE)
         lse_err[index] = lse_bound(log2_weights, shift, lse[index], operations=operations)
     return out, lse.swapaxes(-1, -2), out_err, lse_err.swapaxes(-1, -2)
 

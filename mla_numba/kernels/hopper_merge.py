@@ -4,8 +4,8 @@
 
 of each part O_i, not divided by its sum s_i of exponentials relative to 2^m_i.
 
-Partial O lies as the tensor core left it in the registers of the decode's warps: of each (slot, KV head, row tile, warp) 32 strips of
-512 bytes, strip i the columns 8 i to 8 i + 7 of 16 rows; a lane has 16 bytes of a strip:
+Partial O lies as the tensor core left it in the registers of the decode's warps, two by two in hopper_part's 24 bits: of each (slot, KV
+head, row tile, warp) 32 strips, strip i the columns 8 i to 8 i + 7 of 16 rows; a lane has four floats of a strip:
 
     lane l of strip i: rows l / 4 and l / 4 + 8, columns 8 i + 2 (l % 4) and the next, of each
 
@@ -13,10 +13,10 @@ Where rows are wgmma's N (hopper_swapped, `num_rows` 16 or 32) it lies as hopper
 
     lane l of strip (tile, j): rows 8 j + 2 (l % 4) and the next, columns l / 4 and l / 4 + 8 of the warp's 16 of that tile, of each
 
-and what is said of rows and columns here is so of a lane's 16 bytes with the two exchanged.
+and what is said of rows and columns here is so of a lane's floats with the two exchanged.
 
-A warp takes two strips side by side, 32 bytes of a row of out; a thread block of 8 warps eight such pairs, or its share of them: the more
-parts, the more blocks share (the table says):
+A warp takes a pair of strips, 32 bytes of a row of out; a thread block of 8 warps eight such pairs, or its share of them: the more parts,
+the more blocks share (the table says):
 
     shares   pairs of a block   warps of a pair   parts of a warp
     1        8                  1                 all, 4 at a time
@@ -64,7 +64,6 @@ from .hopper_config import (
     BLOCK_N,
     MINUS_INFINITY,
     NUM_WARPS,
-    STRIP_BYTES,
     STRIPS,
     TILE_COLUMNS,
     HopperConfig,
@@ -72,6 +71,7 @@ from .hopper_config import (
     Results,
 )
 from .hopper_load import column, load_row
+from .hopper_part import PAIR_BYTES, PAIR_WORDS, unpack, words_4_and_5
 from .hopper_store import query_and_head
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
@@ -92,7 +92,7 @@ ITEMS_PER_HALF = STRIPS // (PAIR * MERGE_WARPS)
 ITEMS_PER_GROUP = 2 * ITEMS_PER_HALF
 # Parts that a warp loads at a time: their latencies overlap.
 UNROLL = 4
-BATCH, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * 4
+BATCH, BATCH_WORDS, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * PAIR_WORDS, UNROLL * 4
 # What a lane hands to the first warp of its pair: maximum and sum of two rows, four columns of O in each strip.
 O_STATE = 4
 STATE_FLOATS = O_STATE + 4 * PAIR
@@ -102,6 +102,8 @@ ROWS_SMEM = 2 * ITEM_ROWS
 # What a block's warps share: their states; where each of an item's rows goes, and then where the lse of each goes; how many announcements
 # of its parts thread 0 has seen.
 Shared = namedtuple("Shared", "states_smem rows_smem announced_smem")
+# Where a lane's share of slot 0 lies: words 0 to 3 of its pair of strips, 4 and 5, its rows' states.
+LaneParts = namedtuple("LaneParts", "words last_words state")
 # What a launch has in common, and which item of a row of the table a block has.
 Shape = namedtuple("Shape", "row_tiles heads_per_kv")
 Item = namedtuple("Item", "group half row_group kv_head")
@@ -123,9 +125,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
     # A state is num_rows maxima, then as many sums. Of a lane's two rows the second one is 8 further, or, swapped, the next one.
     SUMS_OFFSET, NEXT_ROW = 4 * num_rows, 4 if IS_SWAPPED else 8 * 4
     STATE_BYTES = 2 * SUMS_OFFSET
-    # Swapped, a pair's strips are of the same rows in neighbouring tiles; what waits for a warpgroup's columns waits for its 4 warps, which
-    # count up one word; and for any 16 rows.
-    NEXT_STRIP = num_rows // 8 * STRIP_BYTES if IS_SWAPPED else STRIP_BYTES
+    # Swapped, what waits for a warpgroup's columns waits for its 4 warps, which count up one word; and for any 16 rows.
     ANNOUNCEMENTS, ITEMS_PER_COUNTER = (NUM_WARPS // 2, ITEMS_PER_HALF * num_rows // ITEM_ROWS) if IS_SWAPPED else (1, ITEMS_PER_HALF)
     # From row to row and from column to column of a lane's four floats of a strip.
     ROW, COLUMN = (1, 2) if IS_SWAPPED else (2, 1)
@@ -133,8 +133,11 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
     inline = cuda.jit(device=True, forceinline=True)
 
     @inline
-    def add_batch(state_rmem, states_rmem, v_rmem, count):
+    def add_batch(state_rmem, states_rmem, words_rmem, count):
         """Take `count` parts into the running state: maxima (0, 1), sums (2, 3), O of either strip (from 4 on)."""
+        o_rmem = cuda.local.array(BATCH, types.float32)
+        for i in range(count * PAIR):
+            unpack(o_rmem, 4 * i, words_rmem, 3 * i)
         for r in range(2):
             largest = state_rmem[r]
             for i in range(count):
@@ -150,13 +153,12 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                     state_rmem[2 + r] += weight * states_rmem[4 * i + 2 + r]
                     for c in range(2 * PAIR):
                         at = c // 2 * 4 + ROW * r + COLUMN * (c % 2)
-                        state_rmem[O_STATE + at] += weight * v_rmem[i * PAIR * 4 + at]
+                        state_rmem[O_STATE + at] += weight * o_rmem[i * PAIR * 4 + at]
 
     @inline
-    def merge_parts(state_rmem, o_lane, state_lane, slot, slot_step, part, num_parts, stride, is_rehearsal):
-        """Parts part, part + stride, ... in order; the first one's in `slot`, the next one's `slot_step` further. The addresses are this
-        lane's, of slot 0."""
-        v_rmem, states_rmem = cuda.local.array(BATCH, types.float32), cuda.local.array(BATCH_STATES, types.float32)
+    def merge_parts(state_rmem, lane_parts, slot, slot_step, part, num_parts, stride, is_rehearsal):
+        """Parts part, part + stride, ... in order; the first one's in `slot`, the next one's `slot_step` further."""
+        words_rmem, states_rmem = cuda.local.array(BATCH_WORDS, types.uint32), cuda.local.array(BATCH_STATES, types.float32)
         for r in range(2):
             state_rmem[r] = MINUS_INFINITY
         for i in range(2, STATE_FLOATS):
@@ -167,18 +169,18 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
             for i in range(UNROLL):
                 for r in range(2):
                     states_rmem[4 * i + r], states_rmem[4 * i + 2 + r] = no_maximum, f32(0)
-                for c in range(4 * PAIR):
-                    v_rmem[4 * PAIR * i + c] = f32(0)
+                for c in range(PAIR_WORDS):
+                    words_rmem[PAIR_WORDS * i + c] = u32(0)
                 if part < num_parts and not is_rehearsal:
-                    state_address = state_lane + u64(slot) * u64(NUM_STATES * STATE_BYTES)
+                    state_address = lane_parts.state + u64(slot) * u64(NUM_STATES * STATE_BYTES)
                     for r in range(2):
                         states_rmem[4 * i + r] = ptx.ld_global_f32(state_address + u64(r * NEXT_ROW))
                         states_rmem[4 * i + 2 + r] = ptx.ld_global_f32(state_address + u64(SUMS_OFFSET + r * NEXT_ROW))
-                    o_address = o_lane + u64(slot) * u64(NUM_WARPS * WARP_PART)
-                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i, o_address)
-                    ptx.ld_global_v4_f32(v_rmem, 4 * PAIR * i + 4, o_address + u64(NEXT_STRIP))
+                    slot_bytes = u64(slot) * u64(NUM_WARPS * WARP_PART)
+                    ptx.ld_global_v4_b32(words_rmem, PAIR_WORDS * i, lane_parts.words + slot_bytes)
+                    ptx.ld_global_v2_b32(words_rmem, PAIR_WORDS * i + 4, lane_parts.last_words + slot_bytes)
                 part, slot = u32(part + stride), u32(slot + slot_step)
-            add_batch(state_rmem, states_rmem, v_rmem, UNROLL)
+            add_batch(state_rmem, states_rmem, words_rmem, UNROLL)
 
     @inline
     def add_warps(state_rmem, states_smem, first_warp, num_warps, lane):
@@ -303,16 +305,18 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                 # A warp has four pairs of these 16 rows.
                 tile, word = u32(0), half * u32(NUM_WARPS // 2)
                 part_warp = word + (pair >> u32(2))
-                strip = first_tile(pair) * u32(num_rows // 8) + first_of_8(pair, row_in_tile) // u32(8)
+                # Of the same rows in neighbouring tiles.
+                pair_of_warp = first_tile(pair) * u32(num_rows // 16) + first_of_8(pair, row_in_tile) // u32(8)
                 state, state_row = part_warp, first_of_8(pair, row_in_tile) + (lane & u32(3)) * u32(2)
             else:
                 tile, part_warp = row_group // u32(NUM_WARPS // 2), half * u32(NUM_WARPS // 2) + row_group % u32(NUM_WARPS // 2)
-                word, strip = part_warp, pair * u32(PAIR)
+                word, pair_of_warp = part_warp, pair
                 state, state_row = half, row_in_tile + (lane >> u32(2))
             step = u32(u32(cuda.gridDim.y) * shape.row_tiles)
             first_slot = u32(u32(first_of_job * step) + u32(item.kv_head * shape.row_tiles) + tile)
-            o_lane = partials.o + u64(part_warp * u32(WARP_PART) + strip * u32(STRIP_BYTES) + lane * u32(16))
-            state_lane = partials.states + u64(state * u32(STATE_BYTES) + state_row * u32(4))
+            words = partials.o + u64(part_warp * u32(WARP_PART) + pair_of_warp * u32(PAIR_BYTES) + lane * u32(16))
+            lane_parts = LaneParts(words, words_4_and_5(words, lane),
+                                   partials.states + u64(state * u32(STATE_BYTES) + state_row * u32(4)))
             counter = partials.counters + u64(first_slot * u32(NUM_WARPS) + word) * u64(4)
             announced = u32(num_parts * u32(ANNOUNCEMENTS))
             num_announced = u32(0)
@@ -337,8 +341,8 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                 if cuda.threadIdx.x == 0 and not is_rehearsal:
                     # Of the blocks that see it complete the last one begins the count anew, for the next launch.
                     ptx.red_inc_u32(counter, u32(announced + num_shares * u32(ITEMS_PER_COUNTER) - u32(1)))
-                merge_parts(state_rmem, o_lane, state_lane, u32(first_slot + first_part * step), u32(num_shares * step), first_part,
-                            num_parts, num_shares, is_rehearsal)
+                merge_parts(state_rmem, lane_parts, u32(first_slot + first_part * step), u32(num_shares * step), first_part, num_parts,
+                            num_shares, is_rehearsal)
                 if num_shares > 1:
                     for i in range(STATE_FLOATS):
                         states_smem[(warp * STATE_FLOATS + i) * 32 + lane] = state_rmem[i]

@@ -38,6 +38,7 @@ from .hopper_config import (
     HopperConfig,
     inline,
 )
+from .hopper_part import PAIR_BYTES, store_pair, words_4_and_5
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
 
@@ -72,10 +73,17 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
 
     @inline
     def store_o(o_rmem, o_part):
-        """A piece's O to its slot, as the registers hold it, not divided by the sums: 512 bytes of a warp side by side, 32 times
-        (hopper_merge reads it so)."""
+        """A piece's O to its slot, for the other one of two pieces, as the registers hold it, not divided by the sums: 512 bytes of a warp
+        side by side, 32 times."""
         for i in range(STRIPS):
             ptx.st_global_v4_f32(o_part + u64(i * STRIP_BYTES), o_rmem[4 * i], o_rmem[4 * i + 1], o_rmem[4 * i + 2], o_rmem[4 * i + 3])
+
+    @inline
+    def store_packed(o_rmem, o_part, lane):
+        """The same for hopper_merge, two strips at a time, as hopper_part says."""
+        last_words = words_4_and_5(o_part, lane)
+        for i in range(STRIPS // 2):
+            store_pair(o_part + u64(i * PAIR_BYTES), last_words + u64(i * PAIR_BYTES), o_rmem, 8 * i, o_rmem, 8 * i + 4)
 
     @inline
     def store_state(state_part, max_a, max_b, sum_a, sum_b, lane):
@@ -230,7 +238,8 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
         release_q(base, lane, words, False)
         # A warp without rows goes to the end of a piece that may have to be merged here, and makes the code near for those that have some
         # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
-        is_last = 0 < num_parts < MERGE_LEAST_PARTS
+        is_pair = 0 < num_parts < MERGE_LEAST_PARTS
+        is_last = is_pair
         counter, o_part, state_part = u64(0), u64(0), u64(0)
         # A rehearsal's job is in no parts: its O goes to a slot that nobody reads.
         is_rehearsal = num_parts == 0
@@ -245,9 +254,12 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
             counter = partials.counters + u64(u32(first_part * u32(NUM_WARPS)) + warp) * u64(4)
             o_part = partials.o + u64(u32(part * u32(NUM_WARPS)) + warp) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
             state_part = partials.states + u64(u32(part * u32(2)) + wg) * u64(STATE_BYTES) + u64(tile_row * u32(4))
-            is_last = is_last and claim(counter, lane) > 0
-            if not is_last:
-                store_o(regs.o_rmem, o_part)
+            if is_pair:
+                is_last = claim(counter, lane) > 0
+                if not is_last:
+                    store_o(regs.o_rmem, o_part)
+            else:
+                store_packed(regs.o_rmem, o_part, lane)
             counter = u64(0) if is_rehearsal else counter
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 

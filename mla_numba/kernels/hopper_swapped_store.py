@@ -1,7 +1,8 @@
 """The end of a piece of few rows (hopper_swapped): hopper_store's three ways, where every warp has columns of all rows.
 
 Partial O lies as the tensor core left it, of each warp num_rows / 2 strips of 512 bytes: strip (tile, j) has the warp's 16 columns of that
-tile of rows 8 j to 8 j + 7; a lane has 16 bytes of it, rows 2 (lane % 4) and the next of column lane / 4, then of the column 8 further.
+tile of rows 8 j to 8 j + 7; a lane has four floats of it, rows 2 (lane % 4) and the next of column lane / 4, then of the column 8 further.
+For hopper_merge strips (tile, j) and (tile + 1, j) are a pair of hopper_part's: first those of tiles 0 and 1, then those of 2 and 3.
 Maxima and sums are there once for each warp, row by row: lanes 0 to num_rows - 1 have a row each.
 """
 
@@ -28,6 +29,7 @@ from .hopper_config import (
     HopperConfig,
     inline,
 )
+from .hopper_part import PAIR_BYTES, store_pair, words_4_and_5
 from .hopper_store import Part
 from .hopper_swapped import row_of
 
@@ -64,10 +66,16 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
 
     @inline
     def store_tile(tile_rmem, o_part):
-        """A tile's columns of a piece's O to its slot, not divided by the sums."""
+        """A tile's columns of a piece's O to its slot, for the other one of two pieces, not divided by the sums."""
         for j in range(PAIRS):
             ptx.st_global_v4_f32(o_part + u64(j * STRIP_BYTES), tile_rmem[4 * j], tile_rmem[4 * j + 1], tile_rmem[4 * j + 2],
                                  tile_rmem[4 * j + 3])
+
+    @inline
+    def store_packed(tile_rmem, next_rmem, o_part, last_words):
+        """The same of two tiles for hopper_merge, as hopper_part says."""
+        for j in range(PAIRS):
+            store_pair(o_part + u64(j * PAIR_BYTES), last_words + u64(j * PAIR_BYTES), tile_rmem, 4 * j, next_rmem, 4 * j)
 
     @inline
     def stage_tile(tile_rmem, j, place, factors_rmem):
@@ -132,7 +140,8 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(lane & u32(NUM_ROWS - 1)))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         release_q(base, lane, words, False)
-        is_last = 0 < num_parts < MERGE_LEAST_PARTS
+        is_pair = 0 < num_parts < MERGE_LEAST_PARTS
+        is_last = is_pair
         counter, o_part, state_part = u64(0), u64(0), u64(0)
         # A rehearsal's job is in no parts: its O goes to a slot that nobody reads.
         is_rehearsal = num_parts == 0
@@ -142,16 +151,21 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
             first_part = u32(u32(u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step) + u32(cuda.blockIdx.z))
             part_warp = u32(u32(u32(first_part + u32(split * step)) * u32(NUM_WARPS)) + warp)
             # The warps of a warpgroup, which the merge waits for together, count up one word; a pair's warps have one each.
-            word = warp if is_last else warp & u32(NUM_WARPS // 2)
+            word = warp if is_pair else warp & u32(NUM_WARPS // 2)
             counter = partials.counters + u64(u32(u32(first_part * u32(NUM_WARPS)) + word)) * u64(4)
             o_part = partials.o + u64(part_warp) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
             state_part = partials.states + u64(part_warp) * u64(2 * ROW_BYTES) + u64((lane & u32(NUM_ROWS - 1)) * u32(4))
-            is_last = is_last and claim(counter, lane) > 0
-            if not is_last:
-                store_tile(regs.o_rmem.t0, o_part)
-                store_tile(regs.o_rmem.t1, o_part + u64(PAIRS * STRIP_BYTES))
-                store_tile(regs.o_rmem.t2, o_part + u64(2 * PAIRS * STRIP_BYTES))
-                store_tile(regs.o_rmem.t3, o_part + u64(3 * PAIRS * STRIP_BYTES))
+            if is_pair:
+                is_last = claim(counter, lane) > 0
+                if not is_last:
+                    store_tile(regs.o_rmem.t0, o_part)
+                    store_tile(regs.o_rmem.t1, o_part + u64(PAIRS * STRIP_BYTES))
+                    store_tile(regs.o_rmem.t2, o_part + u64(2 * PAIRS * STRIP_BYTES))
+                    store_tile(regs.o_rmem.t3, o_part + u64(3 * PAIRS * STRIP_BYTES))
+            else:
+                last_words = words_4_and_5(o_part, lane)
+                store_packed(regs.o_rmem.t0, regs.o_rmem.t1, o_part, last_words)
+                store_packed(regs.o_rmem.t2, regs.o_rmem.t3, o_part + u64(PAIRS * PAIR_BYTES), last_words + u64(PAIRS * PAIR_BYTES))
             counter = u64(0) if is_rehearsal else counter
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 

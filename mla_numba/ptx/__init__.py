@@ -4,7 +4,7 @@ Addresses in shared memory are 32-bit integers, in global memory 64-bit ones; ar
 indexed by constants alone. Sections are those of the PTX ISA, version 9.0.
 """
 
-from .arithmetic import cvt_bf16x2, cvt_f16x2, ex2, fma_rn, lg2_approx, mul_rn
+from .arithmetic import bits_of_f32, cvt_bf16x2, cvt_f16x2, ex2, f32_of_bits, fma_rn, lg2_approx, mul_rn, prmt
 from .atomics import atom_add_acq_rel, atom_add_relaxed, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, red_inc_u32, st_relaxed
 from .barriers import (
     bar_arrive,
@@ -43,6 +43,8 @@ from .matrix import ldmatrix_x4, ldmatrix_x4_trans, movmatrix_trans, stmatrix_x4
 from .memory import (
     ld_global_f32,
     ld_global_i32,
+    ld_global_v2_b32,
+    ld_global_v4_b32,
     ld_global_v4_f32,
     ld_shared_f32,
     ld_shared_i32,
@@ -54,6 +56,7 @@ from .memory import (
     smem_address,
     st_global_b32,
     st_global_f32,
+    st_global_v2_b32,
     st_global_v4_b32,
     st_global_v4_f32,
     st_shared_f32,
@@ -95,6 +98,7 @@ __all__ = [
     "barrier_cluster_arrive",
     "barrier_cluster_arrive_relaxed",
     "barrier_cluster_wait",
+    "bits_of_f32",
     "cluster_ctarank",
     "cp_async_16",
     "cp_async_16_zfill",
@@ -104,6 +108,7 @@ __all__ = [
     "cvt_bf16x2",
     "cvt_f16x2",
     "ex2",
+    "f32_of_bits",
     "fence_acq_rel_cluster",
     "fence_acq_rel_gpu",
     "fence_mbarrier_init",
@@ -116,6 +121,8 @@ __all__ = [
     "ld_acquire",
     "ld_global_f32",
     "ld_global_i32",
+    "ld_global_v2_b32",
+    "ld_global_v4_b32",
     "ld_global_v4_f32",
     "ld_shared_cluster_b32",
     "ld_shared_cluster_f32",
@@ -153,6 +160,7 @@ __all__ = [
     "opaque_b32",
     "prefetch_global_l2",
     "prefetch_tensormap",
+    "prmt",
     "red_add_f32",
     "red_add_u32",
     "red_inc_u32",
@@ -160,6 +168,7 @@ __all__ = [
     "st_async_b32",
     "st_global_b32",
     "st_global_f32",
+    "st_global_v2_b32",
     "st_global_v4_b32",
     "st_global_v4_f32",
     "st_relaxed",

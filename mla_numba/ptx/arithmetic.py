@@ -31,3 +31,19 @@ def cvt_bf16x2(high: f32, low: f32) -> u32:
 @instruction("cvt.rn.f16x2.f32 <result>, <high>, <low>;", pure=True)
 def cvt_f16x2(high: f32, low: f32) -> u32:
     """`cvt.rn.f16x2.f32`: two floats to a pair of float16, to nearest even. PTX ISA 9.7.9.21."""
+
+
+@instruction("mov.b32 <result>, <x>;", pure=True)
+def bits_of_f32(x: f32) -> u32:
+    """`mov.b32`: a float's bits. PTX ISA 9.7.9.3."""
+
+
+@instruction("mov.b32 <result>, <bits>;", pure=True)
+def f32_of_bits(bits: u32) -> f32:
+    """`mov.b32`: the float that has these bits. PTX ISA 9.7.9.3."""
+
+
+@instruction("prmt.b32 <result>, <a>, <b>, <selector>;", pure=True)
+def prmt(a: u32, b: u32, selector: u32) -> u32:
+    """`prmt.b32`: four of eight bytes, those of `a` being 0 to 3 and those of `b` 4 to 7; hexadecimal digit i of `selector` says which one
+    byte i is. PTX ISA 9.7.9.7."""

@@ -53,14 +53,14 @@ def element_pointers(context: Any, builder: ir.IRBuilder, array_type: Any, array
     return [builder.gep(data, [ir.Constant(ir.IntType(32), i)]) for i in range(count)]
 
 
-def vector_load(text: str, letter: str, element: ir.Type) -> Any:
-    """Code for `text`, a load of four 32-bit values, to four places of an array of registers."""
+def vector_load(text: str, letter: str, element: ir.Type, count: int = 4) -> Any:
+    """Code for `text`, a load of `count` 32-bit values, to so many places of an array of registers."""
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
         word = ir.IntType(32)
         address_class = "r" if signature.args[2] == u32 else "l"
-        loaded = emit(builder, text, ["=" + letter] * 4 + [address_class], ir.LiteralStructType([element] * 4), [args[2]])
+        loaded = emit(builder, text, ["=" + letter] * count + [address_class], ir.LiteralStructType([element] * count), [args[2]])
         data = array_data(context, builder, signature.args[0], args[0])
-        for i in range(4):
+        for i in range(count):
             builder.store(builder.extract_value(loaded, i), builder.gep(data, [builder.add(args[1], ir.Constant(word, i))]))
         return context.get_dummy_value()
 

@@ -68,6 +68,18 @@ def ld_global_v4_f32(typingctx: Any, registers: Any, first: Any, address: Any) -
 
 
 @intrinsic
+def ld_global_v4_b32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
+    """`ld.global.v4`: 16 bytes to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
+    return types.void(registers, i32, u64), vector_load("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
+
+
+@intrinsic
+def ld_global_v2_b32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
+    """`ld.global.v2`: 8 bytes to registers[first:first + 2] from an address that is a multiple of 8. PTX ISA 9.7.9.8."""
+    return types.void(registers, i32, u64), vector_load("ld.global.v2.b32 {$0, $1}, [$2];", "r", ir.IntType(32), 2)
+
+
+@intrinsic
 def ld_shared_v4_b32(typingctx: Any, registers: Any, first: Any, address: Any) -> Any:
     """`ld.shared.v4`: 16 bytes to registers[first:first + 4] from an address that is a multiple of 16. PTX ISA 9.7.9.8."""
     return types.void(registers, i32, u32), vector_load("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "r", ir.IntType(32))
@@ -81,6 +93,11 @@ def st_global_v4_f32(address: u64, a: f32, b: f32, c: f32, d: f32) -> None:
 @instruction("st.global.v4.b32 [<address>], {<a>, <b>, <c>, <d>};")
 def st_global_v4_b32(address: u64, a: u32, b: u32, c: u32, d: u32) -> None:
     """`st.global.v4`: 16 bytes to an address that is a multiple of 16. PTX ISA 9.7.9.11."""
+
+
+@instruction("st.global.v2.b32 [<address>], {<a>, <b>};")
+def st_global_v2_b32(address: u64, a: u32, b: u32) -> None:
+    """`st.global.v2`: 8 bytes to an address that is a multiple of 8. PTX ISA 9.7.9.11."""
 
 
 @instruction("st.global.b32 [<address>], <value>;")

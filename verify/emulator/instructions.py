@@ -90,6 +90,19 @@ class Instructions:
     def cvt_f16x2(self, high: Any, low: Any) -> int:
         return int(f32(high).astype(np.float16).view(np.uint16)) << 16 | int(f32(low).astype(np.float16).view(np.uint16))
 
+    def bits_of_f32(self, x: Any) -> int:
+        return int(f32(x).view(np.uint32))
+
+    def f32_of_bits(self, bits: int) -> Any:
+        return np.uint32(int(bits) & WORD).view(f32)
+
+    def prmt(self, a: int, b: int, selector: int) -> int:
+        given = np.array([int(a) & WORD, int(b) & WORD], np.uint32).view(np.uint8)
+        digits = [int(selector) >> 4 * i & 0xF for i in range(4)]
+        if max(digits) > 7:
+            raise Finding("arithmetic", f"prmt selects bytes by {int(selector):#06x}: signs of bytes, of which the emulator knows nothing")
+        return int(given[digits].view(np.uint32)[0])
+
     def opaque_b32(self, value: Any) -> int:
         return int(value) & WORD
 
@@ -288,6 +301,14 @@ class Instructions:
         for i, value in enumerate(self._load_global(address, 16, self._line()).view(np.float32)):
             registers[first + i] = value
 
+    def ld_global_v4_b32(self, registers: Registers, first: int, address: int) -> None:
+        for i, value in enumerate(self._load_global(address, 16, self._line()).view(np.uint32)):
+            registers[first + i] = int(value)
+
+    def ld_global_v2_b32(self, registers: Registers, first: int, address: int) -> None:
+        for i, value in enumerate(self._load_global(address, 8, self._line()).view(np.uint32)):
+            registers[first + i] = int(value)
+
     def _load_global(self, address: int, num_bytes: int, line: int, constant: bool = False) -> np.ndarray:
         self._machine.touch()
         return self._machine.memory.read(self._machine.current, int(address), num_bytes, line, constant=constant)
@@ -297,6 +318,9 @@ class Instructions:
 
     def st_global_v4_b32(self, address: int, a: int, b: int, c: int, d: int) -> None:
         self._store_global(address, np.array((a, b, c, d), np.uint32), self._line())
+
+    def st_global_v2_b32(self, address: int, a: int, b: int) -> None:
+        self._store_global(address, np.array((a, b), np.uint32), self._line())
 
     def st_global_b32(self, address: int, value: int) -> None:
         self._store_global(address, np.array([int(value) & WORD], np.uint32), self._line())

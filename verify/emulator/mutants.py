@@ -7,9 +7,10 @@ from verify.cases import MLACase
 from .findings import Finding
 from .pairs import FEW_SHARE_PARTS, PairFailure, Schedule, check
 
-_DECODE, _STREAM, _SEESAW, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG, _SWAPPED, _SWAPPED_STORE = (
+_DECODE, _STREAM, _SEESAW, _LOAD, _PRODUCTS, _SOFTMAX, _STORE, _MERGE, _CONFIG, _SWAPPED, _SWAPPED_STORE, _PART = (
     f"mla_numba.kernels.hopper_{part}"
-    for part in ("decode", "stream", "seesaw", "load", "products", "softmax", "store", "merge", "config", "swapped", "swapped_store"))
+    for part in ("decode", "stream", "seesaw", "load", "products", "softmax", "store", "merge", "config", "swapped", "swapped_store",
+                 "part"))
 
 _PIECE_BEFORE = ("        # 8 consumer warps arrived, done with the piece before, its Q and its P1; the first piece does not wait.\n"
                  "        ptx.mbarrier_wait_parity(base + u32(Q_EMPTY_SMEM), parity ^ u32(1))\n")
@@ -113,7 +114,8 @@ _ZERO_ENDS = ("        # before either product, has the proxy fence.\n"
               "        ptx.bar_sync(u32(barrier_idx), u32(128))\n")
 _CLAIM = "            before = ptx.atom_add_relaxed(counter, u32(1))\n"
 _ANNOUNCED = "            announce(part.counter, lane)\n"
-_O_STORED = "                store_o(regs.o_rmem, o_part)\n"
+_O_STORED = "                    store_o(regs.o_rmem, o_part)\n"
+_PACKED_STORED = "                store_packed(regs.o_rmem, o_part, lane)\n"
 _CLUSTER_BEGINS = ("            # All threads of both blocks: the other block's mbarriers are there, too.\n"
                    "            ptx.barrier_cluster_wait()\n")
 _CLUSTER_ENDS = ("            # All threads of both blocks: nobody loads into the other one, or arrives there, any more.\n"
@@ -139,8 +141,9 @@ _FEW_OWN_RESCALED = "        rescale(regs.o_rmem, scale_rmem, not is_first)\n   
 _FEW_OTHER_RESCALED = "        rescale(regs.o_rmem, scale_rmem, not is_first)\n        add_pv(regs.o_rmem, base, 1 - wg,"
 _FEW_STATE_STORED = ("            if lane < u32(NUM_ROWS):\n                ptx.st_global_f32(part.state, maximum)\n"
                      "                ptx.st_global_f32(part.state + u64(ROW_BYTES), total)\n")
-_FEW_O_STORED = "                store_tile(regs.o_rmem.t0, o_part)\n"
-_FEW_WORD = "            word = warp if is_last else warp & u32(NUM_WARPS // 2)\n"
+_FEW_O_STORED = "                    store_tile(regs.o_rmem.t0, o_part)\n"
+_FEW_PACKED_STORED = "                last_words = words_4_and_5(o_part, lane)\n"
+_FEW_WORD = "            word = warp if is_pair else warp & u32(NUM_WARPS // 2)\n"
 _FEW_COUNT = "ITEMS_PER_HALF * num_rows // ITEM_ROWS) if"
 
 MUTANTS = (
@@ -265,7 +268,7 @@ MUTANTS = (
            _CLAIM + "            before = u32(cuda.shfl_sync(0xFFFFFFFF, i32(before), 0))\n        return before", cases=(PAIR,)),
     # Between thread blocks and grids.
     Mutant("pair announced before it is stored", _STORE, _ANNOUNCED, "            pass\n", cases=(PAIR,),
-           also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
+           also=((_O_STORED, "                    announce(counter, lane)\n" + _O_STORED),)),
     Mutant("pair merged when claimed", _STORE, "ANNOUNCED = 3", "ANNOUNCED = 2", cases=(PAIR,)),
     Mutant("counter left as it is", _STORE, *_without("            ptx.st_relaxed(counter, u32(0))"), cases=(PAIR,)),
     Mutant("rehearsal stores where a piece does", _STORE, "u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT)))",
@@ -273,7 +276,15 @@ MUTANTS = (
     Mutant("rehearsal counts as a part", _STORE, "            counter = u64(0) if is_rehearsal else counter\n", "",
            cases=((MANY[0], 7),)),
     Mutant("parts announced before they are stored", _STORE, _ANNOUNCED, "            pass\n", cases=(MANY,),
-           also=((_O_STORED, "                announce(counter, lane)\n" + _O_STORED),)),
+           also=((_PACKED_STORED, "                announce(counter, lane)\n" + _PACKED_STORED),)),
+    Mutant("pair's O stored as parts are", _STORE, _O_STORED, "    " + _PACKED_STORED, cases=(PAIR,)),
+    Mutant("part's O stored as a pair's is", _STORE, _PACKED_STORED, _O_STORED[4:], cases=(MANY,)),
+    Mutant("a float's last byte but one another's", _PART, "OVER_3 = 0x3215", "OVER_3 = 0x3216", cases=(MANY,)),
+    Mutant("two bytes of a float exchanged", _PART, "= 0x0400, 0x4210", "= 0x4000, 0x4120", cases=(MANY,)),
+    Mutant("last words of a lane over its neighbour's", _PART, "lane * u32(8))", "lane * u32(12))", cases=(MANY,)),
+    Mutant("last words exchanged", _PART, "last_address, w4, w5)", "last_address, w5, w4)", cases=(MANY,)),
+    Mutant("pairs of strips over one another", _STORE, "o_part + u64(i * PAIR_BYTES)", "o_part + u64(i * (PAIR_BYTES - 128))",
+           cases=(MANY,)),
     Mutant("parts merged before they are there", _MERGE, _UNTIL_THERE, "while False:", cases=(MANY,)),
     Mutant("parts merged when some are there", _MERGE, "if not is_rehearsal and num_announced < announced:",
            "if not is_rehearsal and num_announced == u32(0):", cases=(MANY,)),
@@ -426,15 +437,15 @@ MUTANTS = (
     Mutant("sums of a part over its maxima, few rows", _SWAPPED_STORE, "ptx.st_global_f32(part.state + u64(ROW_BYTES), total)",
            "ptx.st_global_f32(part.state, total)", cases=(FEW_MANY,)),
     Mutant("a pair's warps claim their warpgroup's word, few rows", _SWAPPED_STORE, _FEW_WORD,
-           _FEW_WORD.replace("warp if is_last else ", ""), cases=(FEW_PAIR,)),
+           _FEW_WORD.replace("warp if is_pair else ", ""), cases=(FEW_PAIR,)),
     Mutant("warps of many parts count up a word each, few rows", _SWAPPED_STORE, _FEW_WORD,
-           _FEW_WORD.replace(" if is_last else warp & u32(NUM_WARPS // 2)", ""), cases=(FEW_MANY,)),
+           _FEW_WORD.replace(" if is_pair else warp & u32(NUM_WARPS // 2)", ""), cases=(FEW_MANY,)),
     Mutant("both warpgroups count up one word, few rows", _SWAPPED_STORE, _FEW_WORD,
            _FEW_WORD.replace("warp & u32(NUM_WARPS // 2)", "u32(0)"), cases=(FEW_MANY,)),
     Mutant("pair announced before it is stored, few rows", _SWAPPED_STORE, _ANNOUNCED, "            pass\n", cases=(FEW_PAIR,),
-           also=((_FEW_O_STORED, "                announce(counter, lane)\n" + _FEW_O_STORED),)),
+           also=((_FEW_O_STORED, "                    announce(counter, lane)\n" + _FEW_O_STORED),)),
     Mutant("parts announced before they are stored, few rows", _SWAPPED_STORE, _ANNOUNCED, "            pass\n", cases=(FEW_MANY,),
-           also=((_FEW_O_STORED, "                announce(counter, lane)\n" + _FEW_O_STORED),)),
+           also=((_FEW_PACKED_STORED, "                announce(counter, lane)\n" + _FEW_PACKED_STORED),)),
     Mutant("parts announced before their states are stored, few rows", _SWAPPED_STORE, _FEW_STATE_STORED + _ANNOUNCED,
            _ANNOUNCED + _FEW_STATE_STORED, cases=(FEW_MANY,)),
     Mutant("pair merged before it is announced, few rows", _SWAPPED_STORE, *_without("                await_announced(part.counter, lane)"),
@@ -458,8 +469,11 @@ MUTANTS = (
     Mutant("merge waits for the other warpgroup, few rows", _MERGE, "tile, word = u32(0), half * u32(NUM_WARPS // 2)",
            "tile, word = u32(0), (half ^ u32(1)) * u32(NUM_WARPS // 2)", cases=(FEW_MANY,), also=(
                ("part_warp = word + (pair >> u32(2))", "part_warp = half * u32(NUM_WARPS // 2) + (pair >> u32(2))"),)),
-    Mutant("strips of the wrong tile, few rows", _MERGE, "first_tile(pair) * u32(num_rows // 8)", "u32(0)", cases=(FEW_MANY,)),
-    Mutant("second strip of the same tile, few rows", _MERGE, "num_rows // 8 * STRIP_BYTES if", "STRIP_BYTES if", cases=(FEW_MANY,)),
+    Mutant("strips of the wrong tile, few rows", _MERGE, "first_tile(pair) * u32(num_rows // 16)", "u32(0)", cases=(FEW_MANY,)),
+    Mutant("second strip of the same tile, few rows", _SWAPPED_STORE, "tile_rmem, 4 * j, next_rmem, 4 * j)",
+           "tile_rmem, 4 * j, tile_rmem, 4 * j)", cases=(FEW_MANY,)),
+    Mutant("pair of tiles over the first one, few rows", _SWAPPED_STORE, "o_part + u64(PAIRS * PAIR_BYTES), last_words",
+           "o_part, last_words", cases=(FEW_MANY,)),
     Mutant("strips of the wrong rows, few rows", _MERGE, "first_of_8(pair, row_in_tile) // u32(8)", "row_in_tile // u32(8)",
            cases=(FEW_MANY,)),
     Mutant("strips of the wrong warp, few rows", _MERGE, "part_warp = word + (pair >> u32(2))", "part_warp = word", cases=(FEW_MANY,)),
