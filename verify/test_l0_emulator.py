@@ -142,6 +142,12 @@ def _merge_of(num_parts: int, num_kv_heads: int, num_heads_q: int, rows_per_job:
     return schedule
 
 
+def _with_rare(o: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Some infinite, some no numbers."""
+    chance = rng.random(o.shape)
+    return np.where(chance < 5e-4, np.float32(np.inf), np.where(chance > 1 - 5e-4, np.float32(np.nan), o))
+
+
 def _packed(o: np.ndarray, slot_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of strips (..., pair, strip, lane, float) as they lie in a warp's part, a slot of so many bytes, as hopper_part says; and what
     of each float is there."""
@@ -185,7 +191,7 @@ def _check_merge(schedule: Tables, num_rows: int, num_sms: int, slots: np.ndarra
 @pytest.mark.parametrize(("num_parts", "num_kv_heads", "num_heads_q", "num_sms"), [
     (3, 1, 16, 1), (8, 2, 34, 3), (9, 1, 80, 2), (16, 1, 5, 1), (17, 1, 20, 3), (33, 1, 16, 2), (132, 1, 1, 3)])
 def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int, num_sms: int) -> None:
-    """Partial results made up, some rows empty in some or all parts, some numbers infinite, against float64."""
+    """Partial results made up, some rows empty in some or all parts, some numbers infinite or none, against float64."""
     heads, rng = num_heads_q // num_kv_heads, np.random.default_rng(num_parts)
     row_tiles = ceil_div(heads, 64)
     schedule = _merge_of(num_parts, num_kv_heads, num_heads_q, 64 * row_tiles)
@@ -194,7 +200,7 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     maxima, sums = _made_up_states((schedule.num_slots, num_kv_heads, row_tiles, 64), rng)
     lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
     sums_of_o = sums.reshape(*sums.shape[:3], 4, 2, 8).transpose(0, 1, 2, 3, 5, 4)[:, :, :, None, :, None, :, None, :, None]
-    o[(rng.random(o.shape) < 1e-3) & (sums_of_o > 0)] = np.inf
+    o = np.where(sums_of_o > 0, _with_rare(o, rng), o)
     slots, there = _packed((o * sums_of_o).astype(np.float32).reshape(*o.shape[:5], 16, 2, 32, 4), 32 * 512)
     o = there.reshape(o.shape) / np.where(sums_of_o > 0, sums_of_o, 1).astype(float)
     states = np.ascontiguousarray(np.broadcast_to(np.stack((maxima, sums), 3)[:, :, :, None], (*sums.shape[:3], 2, 2, 64)))
@@ -216,7 +222,7 @@ def test_merge_kernel_alone_of_few_rows(num_rows: int, num_parts: int, num_kv_he
     maxima, sums = _made_up_states((schedule.num_slots, num_kv_heads, num_rows), rng)
     lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
     sums_of_o = sums.reshape(*sums.shape[:2], 1, 1, 1, num_rows // 8, 1, 4, 1, 2)
-    o[(rng.random(o.shape) < 1e-3) & (sums_of_o > 0)] = np.inf
+    o = np.where(sums_of_o > 0, _with_rare(o, rng), o)
     # Pairs are of the same rows in tiles 0 and 1, or 2 and 3.
     pairs = (o * sums_of_o).astype(np.float32).reshape(*o.shape[:4], 2, 2, num_rows // 8, 32, 4).swapaxes(5, 6)
     slots, there = _packed(np.ascontiguousarray(pairs).reshape(*o.shape[:4], num_rows // 4, 2, 32, 4), num_rows * 256)

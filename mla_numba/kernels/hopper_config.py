@@ -56,7 +56,8 @@ NUM_THREADS = NUM_CONSUMERS + 128
 # 65,536 registers: 232 x 256 + 40 x 128.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
-# A warp's part of a partial O, as its registers hold it: 32 strips of 16 rows x 8 columns, 16 bytes a lane.
+# A warp's part of a partial O, as its registers hold it: 32 strips of 16 rows x 8 columns, 16 bytes a lane. (hopper_part's take three
+# quarters of it.)
 STRIPS = 32
 STRIP_BYTES = 512
 WARP_PART_BYTES = STRIPS * STRIP_BYTES

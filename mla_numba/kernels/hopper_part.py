@@ -1,7 +1,7 @@
 """A part of O that hopper_merge reads, in the workspace: two strips, of which a lane has 8 floats, in 24 bytes a lane.
 
-The last byte of each float is left out. What remains is within 2^-15 of it whatever its size, zero, infinite or no number where it was. Of
-four floats a, b, c, d three keep their place, and have a byte of the fourth one for their last (byte 0):
+The last byte of each float is left out. What remains is within 2^-15 of it whatever its size; infinities stay, and so does the NaN that
+arithmetic gives, 0x7FFFFFFF. Of four floats a, b, c, d three keep their place, and have a byte of the fourth one for their last (byte 0):
 
     byte     3  2  1  0
     word 0   a3 a2 a1 d1        Words 0 to 2 are a lane's floats of the first strip, words 3 to 5 those of the second. A warp's words 0 to

@@ -100,7 +100,7 @@ class Instructions:
         given = np.array([int(a) & WORD, int(b) & WORD], np.uint32).view(np.uint8)
         digits = [int(selector) >> 4 * i & 0xF for i in range(4)]
         if max(digits) > 7:
-            raise Finding("arithmetic", f"prmt selects bytes by {int(selector):#06x}: signs of bytes, of which the emulator knows nothing")
+            raise NotImplementedError(f"prmt selects by {int(selector):#06x}, which asks for signs of bytes")
         return int(given[digits].view(np.uint32)[0])
 
     def opaque_b32(self, value: Any) -> int:
