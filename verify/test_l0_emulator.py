@@ -41,7 +41,7 @@ from verify.emulator.mutants import (  # noqa: E402
 from verify.emulator.pairs import FEW_SHARE_PARTS, PairFailure, Schedule, check, pairs  # noqa: E402
 from verify.properties import PROPERTIES, Property  # noqa: E402
 from verify.targets import emulated  # noqa: E402
-from verify.tolerances import FUNCTION, UNIT, gamma, unit_roundoff  # noqa: E402
+from verify.tolerances import FUNCTION, PIECE, UNIT, gamma, unit_roundoff, worst_ratio  # noqa: E402
 
 # 40 pairs, in parts that test processes can share out: 200, as `explore --profile quick` draws, take two cores 8 minutes.
 PARTS, PAIRS_PER_PART = 8, 5
@@ -201,7 +201,9 @@ def test_merge_kernel_alone(num_parts: int, num_kv_heads: int, num_heads_q: int,
     lse2 = maxima + np.log2(np.where(sums > 0, sums, 1).astype(float))
     sums_of_o = sums.reshape(*sums.shape[:3], 4, 2, 8).transpose(0, 1, 2, 3, 5, 4)[:, :, :, None, :, None, :, None, :, None]
     o = np.where(sums_of_o > 0, _with_rare(o, rng), o)
-    slots, there = _packed((o * sums_of_o).astype(np.float32).reshape(*o.shape[:5], 16, 2, 32, 4), 32 * 512)
+    given = (o * sums_of_o).astype(np.float32).reshape(*o.shape[:5], 16, 2, 32, 4)
+    slots, there = _packed(given, 32 * 512)
+    assert worst_ratio(there, given, PIECE * np.abs(given)) <= 1
     o = there.reshape(o.shape) / np.where(sums_of_o > 0, sums_of_o, 1).astype(float)
     states = np.ascontiguousarray(np.broadcast_to(np.stack((maxima, sums), 3)[:, :, :, None], (*sums.shape[:3], 2, 2, 64)))
     # Of the warps that have rows all parts are there.

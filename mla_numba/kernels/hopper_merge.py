@@ -71,7 +71,7 @@ from .hopper_config import (
     Results,
 )
 from .hopper_load import column, load_row
-from .hopper_part import PAIR_BYTES, PAIR_WORDS, unpack, words_4_and_5
+from .hopper_part import PAIR_BYTES, PAIR_WORDS, STRIP_WORDS, load_pair, unpack, words_4_and_5
 from .hopper_store import query_and_head
 
 i32, i64, u32, u64, f32 = np.int32, np.int64, np.uint32, np.uint64, np.float32
@@ -137,7 +137,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         """Take `count` parts into the running state: maxima (0, 1), sums (2, 3), O of either strip (from 4 on)."""
         o_rmem = cuda.local.array(BATCH, types.float32)
         for i in range(count * PAIR):
-            unpack(o_rmem, 4 * i, words_rmem, 3 * i)
+            unpack(o_rmem, 4 * i, words_rmem, STRIP_WORDS * i)
         for r in range(2):
             largest = state_rmem[r]
             for i in range(count):
@@ -177,8 +177,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                         states_rmem[4 * i + r] = ptx.ld_global_f32(state_address + u64(r * NEXT_ROW))
                         states_rmem[4 * i + 2 + r] = ptx.ld_global_f32(state_address + u64(SUMS_OFFSET + r * NEXT_ROW))
                     slot_bytes = u64(slot) * u64(NUM_WARPS * WARP_PART)
-                    ptx.ld_global_v4_b32(words_rmem, PAIR_WORDS * i, lane_parts.words + slot_bytes)
-                    ptx.ld_global_v2_b32(words_rmem, PAIR_WORDS * i + 4, lane_parts.last_words + slot_bytes)
+                    load_pair(words_rmem, PAIR_WORDS * i, lane_parts.words + slot_bytes, lane_parts.last_words + slot_bytes)
                 part, slot = u32(part + stride), u32(slot + slot_step)
             add_batch(state_rmem, states_rmem, words_rmem, UNROLL)
 

@@ -20,7 +20,9 @@ from .hopper_config import STRIP_BYTES, inline
 
 u32, u64 = np.uint32, np.uint64
 
-PAIR_WORDS = 6
+# A lane's words of a strip, of both strips, and the bytes of all lanes.
+STRIP_WORDS = 3
+PAIR_WORDS = 2 * STRIP_WORDS
 PAIR_BYTES = 32 * 4 * PAIR_WORDS
 ALL_BUT_LAST = 0xFFFFFF00
 # Selectors of `prmt`: bytes 3 to 1 of the first word over byte 1, 2 or 3 of the second; and d's bytes out of three words, in two steps.
@@ -37,18 +39,18 @@ def words_4_and_5(lane_address, lane):
 @inline
 def pack(a, b, c, d):
     """Three words of four floats."""
-    d = ptx.bits_of_f32(d)
-    return (ptx.prmt(ptx.bits_of_f32(a), d, u32(OVER_1)), ptx.prmt(ptx.bits_of_f32(b), d, u32(OVER_2)),
-            ptx.prmt(ptx.bits_of_f32(c), d, u32(OVER_3)))
+    last = ptx.bits_of_f32(d)
+    return (ptx.prmt(ptx.bits_of_f32(a), last, u32(OVER_1)), ptx.prmt(ptx.bits_of_f32(b), last, u32(OVER_2)),
+            ptx.prmt(ptx.bits_of_f32(c), last, u32(OVER_3)))
 
 
 @inline
 def unpack(floats_rmem, first, words_rmem, word):
     """Four floats, from floats_rmem[first] on, of the three words from words_rmem[word] on."""
-    for i in range(3):
+    for i in range(STRIP_WORDS):
         floats_rmem[first + i] = ptx.f32_of_bits(words_rmem[word + i] & u32(ALL_BUT_LAST))
-    d = ptx.prmt(ptx.prmt(words_rmem[word], words_rmem[word + 1], u32(LAST_OF_TWO)), words_rmem[word + 2], u32(LAST_OF_THREE))
-    floats_rmem[first + 3] = ptx.f32_of_bits(d & u32(ALL_BUT_LAST))
+    last = ptx.prmt(ptx.prmt(words_rmem[word], words_rmem[word + 1], u32(LAST_OF_TWO)), words_rmem[word + 2], u32(LAST_OF_THREE))
+    floats_rmem[first + STRIP_WORDS] = ptx.f32_of_bits(last & u32(ALL_BUT_LAST))
 
 
 @inline
@@ -58,3 +60,10 @@ def store_pair(lane_address, last_address, one_rmem, i, other_rmem, j):
     w3, w4, w5 = pack(other_rmem[j], other_rmem[j + 1], other_rmem[j + 2], other_rmem[j + 3])
     ptx.st_global_v4_b32(lane_address, w0, w1, w2, w3)
     ptx.st_global_v2_b32(last_address, w4, w5)
+
+
+@inline
+def load_pair(words_rmem, word, lane_address, last_address):
+    """A lane's words to words_rmem[word:word + PAIR_WORDS]."""
+    ptx.ld_global_v4_b32(words_rmem, word, lane_address)
+    ptx.ld_global_v2_b32(words_rmem, word + 4, last_address)

@@ -72,8 +72,9 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
                                  tile_rmem[4 * j + 3])
 
     @inline
-    def store_packed(tile_rmem, next_rmem, o_part, last_words):
+    def store_packed(tile_rmem, next_rmem, o_part, lane):
         """The same of two tiles for hopper_merge, as hopper_part says."""
+        last_words = words_4_and_5(o_part, lane)
         for j in range(PAIRS):
             store_pair(o_part + u64(j * PAIR_BYTES), last_words + u64(j * PAIR_BYTES), tile_rmem, 4 * j, next_rmem, 4 * j)
 
@@ -163,9 +164,8 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
                     store_tile(regs.o_rmem.t2, o_part + u64(2 * PAIRS * STRIP_BYTES))
                     store_tile(regs.o_rmem.t3, o_part + u64(3 * PAIRS * STRIP_BYTES))
             else:
-                last_words = words_4_and_5(o_part, lane)
-                store_packed(regs.o_rmem.t0, regs.o_rmem.t1, o_part, last_words)
-                store_packed(regs.o_rmem.t2, regs.o_rmem.t3, o_part + u64(PAIRS * PAIR_BYTES), last_words + u64(PAIRS * PAIR_BYTES))
+                store_packed(regs.o_rmem.t0, regs.o_rmem.t1, o_part, lane)
+                store_packed(regs.o_rmem.t2, regs.o_rmem.t3, o_part + u64(PAIRS * PAIR_BYTES), lane)
             counter = u64(0) if is_rehearsal else counter
         return Part(is_last, row, rows_of_request, counter, o_part, state_part)
 

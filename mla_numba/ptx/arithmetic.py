@@ -1,4 +1,5 @@
-"""Arithmetic that Numba has no name for."""
+"""Arithmetic that Numba has no name for; and a float's bits, for which it has `view`, but the integers of verify/emulator, which are
+Python's, have not."""
 
 from .instruction import f32, instruction, u32
 

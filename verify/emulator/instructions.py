@@ -6,7 +6,7 @@ The sections are in the docstrings of `mla_numba.ptx`, which these functions sta
 import math
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,16 @@ class Instructions:
         return int(f32(high).astype(np.float16).view(np.uint16)) << 16 | int(f32(low).astype(np.float16).view(np.uint16))
 
     def bits_of_f32(self, x: Any) -> int:
-        return int(f32(x).view(np.uint32))
+        return _bits(x)
 
     def f32_of_bits(self, bits: int) -> Any:
-        return np.uint32(int(bits) & WORD).view(f32)
+        (x,) = _FLOAT.unpack(_BITS.pack(int(bits) & WORD))
+        return f32(x)
 
     def prmt(self, a: int, b: int, selector: int) -> int:
         given = np.array([int(a) & WORD, int(b) & WORD], np.uint32).view(np.uint8)
         digits = [int(selector) >> 4 * i & 0xF for i in range(4)]
+        # Digits from 8 on repeat a byte's sign. No kernel asks for that, and no GPU was asked what it does.
         if max(digits) > 7:
             raise NotImplementedError(f"prmt selects by {int(selector):#06x}, which asks for signs of bytes")
         return int(given[digits].view(np.uint32)[0])
@@ -245,8 +247,7 @@ class Instructions:
         self._machine.touch()
         thread = self._machine.current
         word = thread.block.smem.read(thread, self._own(address), 4, self._line())
-        for i in range(4):
-            registers[first + i] = int(thread.block.smem.u32[word + i])
+        _fill(registers, first, thread.block.smem.u32[word:word + 4].tolist())
 
     def ldmatrix_x4(self, registers: Registers, first: int, row_smem: int) -> None:
         self._load_matrices(registers, first, row_smem, False, self._line())
@@ -261,8 +262,7 @@ class Instructions:
             words = _transposed(rows, transposed).view(np.uint32).reshape(4, 32)
             return {lane: words[:, lane].tolist() for lane in range(WARP)}
 
-        for i, word in enumerate(self._machine.meet("ldmatrix", line, self._own(row_smem), load)):
-            registers[first + i] = word
+        _fill(registers, first, self._machine.meet("ldmatrix", line, self._own(row_smem), load))
 
     def stmatrix_x4(self, row_smem: int, a: int, b: int, c: int, d: int) -> None:
         self._store_matrices((self._own(row_smem), a, b, c, d), False, self._line())
@@ -298,16 +298,13 @@ class Instructions:
         return self._load_global(address, 4, self._line()).view(np.float32)[0]
 
     def ld_global_v4_f32(self, registers: Registers, first: int, address: int) -> None:
-        for i, value in enumerate(self._load_global(address, 16, self._line()).view(np.float32)):
-            registers[first + i] = value
+        _fill(registers, first, self._load_global(address, 16, self._line()).view(np.float32))
 
     def ld_global_v4_b32(self, registers: Registers, first: int, address: int) -> None:
-        for i, value in enumerate(self._load_global(address, 16, self._line()).view(np.uint32)):
-            registers[first + i] = int(value)
+        _fill(registers, first, self._load_global(address, 16, self._line()).view(np.uint32).tolist())
 
     def ld_global_v2_b32(self, registers: Registers, first: int, address: int) -> None:
-        for i, value in enumerate(self._load_global(address, 8, self._line()).view(np.uint32)):
-            registers[first + i] = int(value)
+        _fill(registers, first, self._load_global(address, 8, self._line()).view(np.uint32).tolist())
 
     def _load_global(self, address: int, num_bytes: int, line: int, constant: bool = False) -> np.ndarray:
         self._machine.touch()
@@ -682,6 +679,11 @@ class _RowCopy:
             self._smem.rows[self._row] = self._bytes.view(np.uint16)
 
 
+def _fill(registers: Registers, first: int, values: Iterable[Any]) -> None:
+    for i, value in enumerate(values):
+        registers[first + i] = value
+
+
 def _transposed(rows: np.ndarray, transposed: bool) -> np.ndarray:
     """Four matrices of eight rows of eight elements, each transposed or not."""
     matrices = rows.reshape(4, 8, 8)
@@ -729,9 +731,15 @@ def _request_registers(warp: Warp, action: str, count: int) -> None:
         block.machine.wake(queue)
 
 
+def _bits(value: Any) -> int:
+    """Of a float32."""
+    (bits,) = _BITS.unpack(_FLOAT.pack(value))
+    return int(bits)
+
+
 def _bfloat16(value: Any) -> int:
     """Bits of a float32 rounded to nearest even."""
-    (bits,) = _BITS.unpack(_FLOAT.pack(value))
+    bits = _bits(value)
     if bits & 0x7FFFFFFF > 0x7F800000:
         return 0x7FFF
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16

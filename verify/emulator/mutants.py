@@ -142,7 +142,7 @@ _FEW_OTHER_RESCALED = "        rescale(regs.o_rmem, scale_rmem, not is_first)\n 
 _FEW_STATE_STORED = ("            if lane < u32(NUM_ROWS):\n                ptx.st_global_f32(part.state, maximum)\n"
                      "                ptx.st_global_f32(part.state + u64(ROW_BYTES), total)\n")
 _FEW_O_STORED = "                    store_tile(regs.o_rmem.t0, o_part)\n"
-_FEW_PACKED_STORED = "                last_words = words_4_and_5(o_part, lane)\n"
+_FEW_PACKED_STORED = "                store_packed(regs.o_rmem.t0, regs.o_rmem.t1, o_part, lane)\n"
 _FEW_WORD = "            word = warp if is_pair else warp & u32(NUM_WARPS // 2)\n"
 _FEW_COUNT = "ITEMS_PER_HALF * num_rows // ITEM_ROWS) if"
 
@@ -472,8 +472,8 @@ MUTANTS = (
     Mutant("strips of the wrong tile, few rows", _MERGE, "first_tile(pair) * u32(num_rows // 16)", "u32(0)", cases=(FEW_MANY,)),
     Mutant("second strip of the same tile, few rows", _SWAPPED_STORE, "tile_rmem, 4 * j, next_rmem, 4 * j)",
            "tile_rmem, 4 * j, tile_rmem, 4 * j)", cases=(FEW_MANY,)),
-    Mutant("pair of tiles over the first one, few rows", _SWAPPED_STORE, "o_part + u64(PAIRS * PAIR_BYTES), last_words",
-           "o_part, last_words", cases=(FEW_MANY,)),
+    Mutant("pair of tiles over the first one, few rows", _SWAPPED_STORE, "o_part + u64(PAIRS * PAIR_BYTES), lane)",
+           "o_part, lane)", cases=(FEW_MANY,)),
     Mutant("strips of the wrong rows, few rows", _MERGE, "first_of_8(pair, row_in_tile) // u32(8)", "row_in_tile // u32(8)",
            cases=(FEW_MANY,)),
     Mutant("strips of the wrong warp, few rows", _MERGE, "part_warp = word + (pair >> u32(2))", "part_warp = word", cases=(FEW_MANY,)),
