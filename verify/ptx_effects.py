@@ -16,7 +16,7 @@ from mla_numba import ptx
 from mla_numba.kernels.hopper_config import FIRST_MAP, MAP_WORDS
 from verify import ptx_kernels
 from verify.ptx_kernels import ALL_BITS, TILE_BYTES, TURNS, WARP
-from verify.tolerances import ex2_bound, lg2_bound, worst_ratio
+from verify.tolerances import ex2_bound, lg2_bound, rcp_bound, worst_ratio
 
 Arrays = dict[str, np.ndarray]
 
@@ -156,6 +156,20 @@ def _lg2(inputs: Arrays) -> Arrays:
     x = inputs["x"].astype(np.float64)
     with np.errstate(divide="ignore"):
         return {"out": np.log2(np.where(x < np.finfo(np.float32).tiny, 0, x))}
+
+
+def _rcp_inputs(rng: np.random.Generator) -> Arrays:
+    x = (np.exp2(rng.uniform(-125, 125, 2 * WARP)) * rng.choice([-1, 1], 2 * WARP)).astype(np.float32)
+    x[:8] = 0, -0.0, np.inf, 1, -2, 3, 1e-42, 3e38
+    return {"out": _unset(x.size, np.float32), "x": x}
+
+
+def _rcp(inputs: Arrays) -> Arrays:
+    def flushed(x: np.ndarray) -> np.ndarray:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(0, x), x)
+
+    with np.errstate(divide="ignore"):
+        return {"out": flushed(1 / flushed(inputs["x"].astype(np.float64)))}
 
 
 def _multiply_add_inputs(rng: np.random.Generator) -> Arrays:
@@ -373,6 +387,7 @@ _POLICIES = {"evict_first": ptx.EVICT_FIRST, "evict_last": ptx.EVICT_LAST, "evic
 _ALL = [
     Effect("ex2", "make_unary", _ex2_inputs, _ex2, ("ex2",), num_threads=2 * WARP, bound=ex2_bound),
     Effect("lg2_approx", "make_unary", _lg2_inputs, _lg2, ("lg2_approx",), num_threads=2 * WARP, bound=lg2_bound),
+    Effect("rcp_approx", "make_unary", _rcp_inputs, _rcp, ("rcp_approx",), num_threads=2 * WARP, bound=rcp_bound),
     Effect("multiply_add", "make_multiply_add", _multiply_add_inputs, _multiply_add),
     *(Effect(name, "make_convert", _convert_inputs, _convert(dtype), (name,), num_threads=2 * WARP)
       for name, dtype in (("cvt_bf16x2", ml_dtypes.bfloat16), ("cvt_f16x2", np.float16))),

@@ -207,6 +207,11 @@ def ex2_bound(power):
     return 2.0 ** -22 * np.abs(power)
 
 
+def rcp_bound(reciprocal):
+    """Of `rcp.approx`, 1 ulp: PTX ISA 9.7.3.13."""
+    return 2.0 ** -23 * np.abs(reciprocal)
+
+
 def lg2_bound(logarithm):
     """Of `lg2.approx`: absolute for arguments from 0.5 to 2, else relative: PTX ISA 9.7.3.20."""
     return 2.0 ** -22 * np.maximum(1.0, np.abs(logarithm))

@@ -66,7 +66,7 @@ SUMS_OFFSET = 4 * BLOCK_M
 STATE_BYTES = 2 * SUMS_OFFSET
 
 # Named barriers; 0 is syncthreads. S0_ASKED is hopper_seesaw's; WARPGROUP + 0 and + 1 are the consumer warpgroups' own.
-P0_FREE, P0_STORED, P1_STORED, SUMS, S0_ASKED, WARPGROUP = 1, 2, 3, 4, 5, 6
+P0_FREE, P0_STORED, P1_STORED, SUMS, S0_ASKED, WARPGROUP, MBARRIERS_MADE = 1, 2, 3, 4, 5, 6, 8
 
 # Rows that a job has at most where tokens are wgmma's M and rows its N (hopper_swapped).
 SWAPPED_ROWS = (16, 32)

@@ -35,7 +35,6 @@ last block that has seen it complete makes it 0 for the next launch. A block tha
 and stores meanwhile: a rehearsal, which brings its code near. One that finds some of them there waits for the rest: that takes less time.
 """
 
-import math
 from collections import namedtuple
 from collections.abc import Callable
 from functools import cache
@@ -95,8 +94,12 @@ UNROLL = 4
 BATCH, BATCH_WORDS, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * PAIR_WORDS, UNROLL * 4
 # What a lane hands to the first warp of its pair: maximum and sum of two rows, four columns of O in each strip.
 O_STATE = 4
-STATE_FLOATS = O_STATE + 4 * PAIR
+O_FLOATS = 4 * PAIR
+STATE_FLOATS = O_STATE + O_FLOATS
+LANE_BYTES, WARP_BYTES = 4 * STATE_FLOATS, 32 * 4 * STATE_FLOATS
 STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
+# Of all warps: maxima and sums, and what O is to be multiplied by.
+ENDS, WEIGHTS = O_STATE * MERGE_WARPS, 2 * MERGE_WARPS
 ROWS_SMEM = 2 * ITEM_ROWS
 
 # What a block's warps share: their states; where each of an item's rows goes, and then where the lse of each goes; how many announcements
@@ -182,26 +185,42 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
             add_batch(state_rmem, states_rmem, words_rmem, UNROLL)
 
     @inline
-    def add_warps(state_rmem, states_smem, first_warp, num_warps, lane):
-        """The states of a pair's warps, in order."""
-        weights_rmem = cuda.local.array(MERGE_WARPS, types.float32)
+    def hand_on(state_rmem, place):
+        """A warp's state to shared memory, 48 bytes of each lane: of eight lanes no two meet in a bank."""
+        for i in range(0, STATE_FLOATS, 4):
+            ptx.st_shared_v4_b32(place + u32(4 * i), ptx.bits_of_f32(state_rmem[i]), ptx.bits_of_f32(state_rmem[i + 1]),
+                                 ptx.bits_of_f32(state_rmem[i + 2]), ptx.bits_of_f32(state_rmem[i + 3]))
+
+    @inline
+    def add_warps(state_rmem, place, num_warps):
+        """The states of a pair's warps, in order; this lane's of the first one lies at `place`."""
+        ends_rmem, weights_rmem = cuda.local.array(ENDS, types.uint32), cuda.local.array(WEIGHTS, types.float32)
+        o_rmem = cuda.local.array(O_FLOATS, types.uint32)
+        for w in range(MERGE_WARPS):
+            for r in range(2):
+                ends_rmem[O_STATE * w + r], ends_rmem[O_STATE * w + 2 + r] = ptx.bits_of_f32(MINUS_INFINITY), u32(0)
+            if w < num_warps:
+                ptx.ld_shared_v4_b32(ends_rmem, O_STATE * w, place + u32(w * WARP_BYTES))
         for r in range(2):
             largest = MINUS_INFINITY
             for w in range(MERGE_WARPS):
-                weights_rmem[w] = MINUS_INFINITY
-                if w < num_warps:
-                    weights_rmem[w] = states_smem[((first_warp + w) * STATE_FLOATS + r) * 32 + lane]
-                largest = max(largest, weights_rmem[w])
-            state_rmem[r] = largest
+                largest = max(largest, ptx.f32_of_bits(ends_rmem[O_STATE * w + r]))
+            total = f32(0)
             for w in range(MERGE_WARPS):
-                weights_rmem[w] = ptx.ex2(weights_rmem[w] - largest) if largest > MINUS_INFINITY else f32(0)
-            for c in range(1 + 2 * PAIR):
-                at = 2 + r if c == 0 else O_STATE + (c - 1) // 2 * 4 + ROW * r + COLUMN * ((c - 1) % 2)
-                total = f32(0)
-                for w in range(MERGE_WARPS):
-                    if w < num_warps:
-                        total += weights_rmem[w] * states_smem[((first_warp + w) * STATE_FLOATS + at) * 32 + lane]
-                state_rmem[at] = total
+                weight = ptx.ex2(ptx.f32_of_bits(ends_rmem[O_STATE * w + r]) - largest) if largest > MINUS_INFINITY else f32(0)
+                weights_rmem[2 * w + r] = weight
+                total += weight * ptx.f32_of_bits(ends_rmem[O_STATE * w + 2 + r])
+            state_rmem[r], state_rmem[2 + r] = largest, total
+        for i in range(O_STATE, STATE_FLOATS):
+            state_rmem[i] = f32(0)
+        for w in range(MERGE_WARPS):
+            if w < num_warps:
+                for i in range(0, O_FLOATS, 4):
+                    ptx.ld_shared_v4_b32(o_rmem, i, place + u32(w * WARP_BYTES + 4 * (O_STATE + i)))
+                for r in range(2):
+                    for c in range(2 * PAIR):
+                        at = c // 2 * 4 + ROW * r + COLUMN * (c % 2)
+                        state_rmem[O_STATE + at] += weights_rmem[2 * w + r] * ptx.f32_of_bits(o_rmem[at])
 
     @inline
     def first_of_8(pair, first_of_16):
@@ -227,7 +246,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
 
     @inline
     def store_lse(address, maximum, total, results):
-        ptx.st_global_f32(address, (maximum + math.log2(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
+        ptx.st_global_f32(address, (maximum + ptx.lg2_approx(total)) * f32(LN_2) if total > f32(0) else results.empty_lse)
 
     @inline
     def store_state(state_rmem, rows_smem, half, pair, results, is_rehearsal):
@@ -239,7 +258,7 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
             address = rows_smem[row]
             if address != u64(0):
                 total = state_rmem[2 + r]
-                factor = f32(1) / total if total > f32(0) else f32(0)
+                factor = ptx.rcp_approx(total) if total > f32(0) else f32(0)
                 for s in range(PAIR):
                     low, high = state_rmem[O_STATE + 4 * s + 2 * r], state_rmem[O_STATE + 4 * s + 2 * r + 1]
                     packed = to_pair(high * factor, low * factor)
@@ -252,8 +271,8 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
     def store_swapped(state_rmem, rows_smem, half, pair, results, is_rehearsal):
         """Results of 8 rows: a lane has two of them, and after a transposition one, of which it has two columns side by side."""
         lane = ptx.opaque_b32(u32(cuda.threadIdx.x)) & u32(31)
-        factor_a = f32(1) / state_rmem[2] if state_rmem[2] > f32(0) else f32(0)
-        factor_b = f32(1) / state_rmem[3] if state_rmem[3] > f32(0) else f32(0)
+        factor_a = ptx.rcp_approx(state_rmem[2]) if state_rmem[2] > f32(0) else f32(0)
+        factor_b = ptx.rcp_approx(state_rmem[3]) if state_rmem[3] > f32(0) else f32(0)
         column_bytes = u32(half * u32(HEAD_DIM_V) + first_tile(pair) * u32(2 * TILE_COLUMNS) + (pair >> u32(2)) * u32(32)
                            + (lane & u32(3)) * u32(4))
         row = first_of_8(pair, lane >> u32(2))
@@ -343,12 +362,12 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
                 merge_parts(state_rmem, lane_parts, u32(first_slot + first_part * step), u32(num_shares * step), first_part, num_parts,
                             num_shares, is_rehearsal)
                 if num_shares > 1:
-                    for i in range(STATE_FLOATS):
-                        states_smem[(warp * STATE_FLOATS + i) * 32 + lane] = state_rmem[i]
+                    place = states_smem + warp * u32(WARP_BYTES) + lane * u32(LANE_BYTES)
+                    hand_on(state_rmem, place)
                     # All warps: their states are there. (All of a block come here together: what decides it is the same for all.)
                     cuda.syncthreads()
                     if first_part == 0:
-                        add_warps(state_rmem, states_smem, first_warp, num_shares, lane)
+                        add_warps(state_rmem, place, num_shares)
                 if first_part == 0:
                     store(state_rmem, rows_smem, half, ptx.opaque_b32(pair), results, is_rehearsal)
                 if not is_rehearsal:
@@ -361,8 +380,9 @@ def make_merge_kernel(dtype: str, num_rows: int) -> Callable[..., None]:
         shape = Shape(u32(row_tiles), u32(heads_per_kv))
         results = Results(out, out_batch_stride, out_token_stride, out_head_stride, lse, lse_batch_stride, lse_head_stride,
                           lse_token_stride, empty_lse)
-        shared = Shared(cuda.shared.array(STATES_SMEM, types.float32), cuda.shared.array(ROWS_SMEM, types.uint64),
-                        cuda.shared.array(1, types.uint32))
+        # States are stored and loaded 16 bytes at a time.
+        shared = Shared(ptx.smem_address(cuda.shared.array(STATES_SMEM, types.float32, alignment=16)),
+                        cuda.shared.array(ROWS_SMEM, types.uint64), cuda.shared.array(1, types.uint32))
         # By a shuffle, as in hopper_decode: shuffles have no second copies then (8 instructions, 80 with few rows).
         warp, lane = u32(cuda.shfl_sync(0xFFFFFFFF, i32(u32(cuda.threadIdx.x) >> u32(5)), 0)), u32(cuda.threadIdx.x) & u32(31)
         state_rmem = cuda.local.array(STATE_FLOATS, types.float32)

@@ -4,7 +4,7 @@ Addresses in shared memory are 32-bit integers, in global memory 64-bit ones; ar
 indexed by constants alone. Sections are those of the PTX ISA, version 9.0.
 """
 
-from .arithmetic import bits_of_f32, cvt_bf16x2, cvt_f16x2, ex2, f32_of_bits, fma_rn, lg2_approx, mul_rn, prmt
+from .arithmetic import bits_of_f32, cvt_bf16x2, cvt_f16x2, ex2, f32_of_bits, fma_rn, lg2_approx, mul_rn, prmt, rcp_approx
 from .atomics import atom_add_acq_rel, atom_add_relaxed, atom_cas_acq_rel, ld_acquire, red_add_f32, red_add_u32, red_inc_u32, st_relaxed
 from .barriers import (
     bar_arrive,
@@ -161,6 +161,7 @@ __all__ = [
     "prefetch_global_l2",
     "prefetch_tensormap",
     "prmt",
+    "rcp_approx",
     "red_add_f32",
     "red_add_u32",
     "red_inc_u32",

@@ -14,6 +14,11 @@ def lg2_approx(x: f32) -> f32:
     """`lg2.approx.ftz`: log2 x within 2^-22, absolute below 1 and relative above; -inf for 0. PTX ISA 9.7.3.20."""
 
 
+@instruction("rcp.approx.ftz.f32 <result>, <x>;", pure=True)
+def rcp_approx(x: f32) -> f32:
+    """`rcp.approx.ftz`: 1 / x within 1 unit in the last place, by one instruction; subnormals are 0. PTX ISA 9.7.3.13."""
+
+
 @instruction("mul.rn.f32 <result>, <a>, <b>;", pure=True)
 def mul_rn(a: f32, b: f32) -> f32:
     """`mul.rn`: a product that fastmath leaves alone. PTX ISA 9.7.3.5."""

@@ -77,6 +77,13 @@ class Instructions:
         # Subnormals are flushed to zero.
         return f32(np.log2(x)) if x >= 2.0 ** -126 or x != x else f32(-np.inf if abs(x) < 2.0 ** -126 else np.nan)
 
+    def rcp_approx(self, x: Any) -> Any:
+        x = f32(x)
+        with np.errstate(divide="ignore"):
+            # Subnormals are flushed to zero, with their sign.
+            y = f32(1) / (f32(np.copysign(0, x)) if abs(x) < 2.0 ** -126 else x)
+        return f32(np.copysign(0, y)) if abs(y) < 2.0 ** -126 else y
+
     def mul_rn(self, a: Any, b: Any) -> Any:
         return f32(a) * f32(b)
 

@@ -117,15 +117,18 @@ class Cuda:
         """Kernels and device functions are what they are."""
         return (lambda decorated: decorated) if function is None else function
 
-    def _shared_array(self, count: int, kind: Any) -> SharedArray:
+    def _shared_array(self, count: int, kind: Any, alignment: int | None = None) -> SharedArray:
         block = self._machine.current.block
         if count == 0:
             return SharedArray(self._machine, block.dynamic_smem, 0, str(kind))
         frame = sys._getframe(1)
         key = (frame.f_code, frame.f_lasti)
         if key not in block.static_arrays:
-            block.static_arrays[key] = block.next_static
-            block.next_static += -(-count * _ITEM_BYTES[str(kind)] // 16) * 16
+            # Aligned as asked, and no better.
+            item_bytes = _ITEM_BYTES[str(kind)]
+            aligned = alignment or item_bytes
+            address = -(-block.next_static // (2 * aligned)) * 2 * aligned + aligned
+            block.static_arrays[key], block.next_static = address, address + count * item_bytes
             if block.next_static > block.smem.num_bytes:
                 raise Finding("out of bounds", f"static shared arrays of {block.grid.name} take more than {block.grid.static_smem} bytes")
         return SharedArray(self._machine, block.static_arrays[key], count, str(kind))

@@ -208,7 +208,14 @@ MUTANTS = (
     Mutant("tail zeroed while K is read", _SOFTMAX, "        # All 4 warps of this warpgroup, whose wgmma have read these rows as K.\n"
            "        ptx.bar_sync(u32(barrier_idx), u32(128))\n", ""),
     Mutant("tail not awaited by the warpgroup", _SOFTMAX, _ZERO_ENDS, ""),
-    Mutant("block goes on before the mbarriers are there", _DECODE, *_without("            cuda.syncthreads()")),
+    Mutant("consumers go on before the mbarriers are there", _DECODE, *_without(
+        "            ptx.bar_sync(u32(MBARRIERS_MADE), u32(NUM_THREADS))")),
+    Mutant("producer's lanes go on before the mbarriers are there", _DECODE, *_without(
+        "            # The producer's lanes: lane 0 has made them.\n            cuda.syncwarp()")),
+    Mutant("nobody says that the mbarriers are there", _DECODE, *_without(
+        "            ptx.bar_arrive(u32(MBARRIERS_MADE), u32(NUM_THREADS))")),
+    Mutant("mbarriers awaited by the consumers alone", _DECODE, "            ptx.bar_sync(u32(MBARRIERS_MADE), u32(NUM_THREADS))",
+           "            ptx.bar_sync(u32(MBARRIERS_MADE), u32(NUM_CONSUMERS))"),
     Mutant("buffer freed by three warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
            "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE - 1)"),
     Mutant("buffer freed by five warps", _DECODE, "8 * i), u32(NUM_WARPS // 2 * CLUSTER_SIZE)",
@@ -220,13 +227,12 @@ MUTANTS = (
     Mutant("K read a phase early", _DECODE, "        parity = u32(0)\n        while", "        parity = u32(1)\n        while"),
     Mutant("phase not flipped", _STREAM, _OWN_BLOCK + "            parity = u32(parity ^ u32(1))\n", _OWN_BLOCK),
     Mutant("phase not flipped, seesaw", _SEESAW, "                parity = u32(parity ^ u32(1))\n" + _HIDE_ODD, _HIDE_ODD, cases=(TWO,)),
-    Mutant("two barriers of one number", _CONFIG, "WARPGROUP = 1, 2, 3, 4, 5, 6", "WARPGROUP = 1, 2, 2, 4, 5, 6"),
+    Mutant("two barriers of one number", _CONFIG, "WARPGROUP, MBARRIERS_MADE = 1, 2, 3,", "WARPGROUP, MBARRIERS_MADE = 1, 2, 2,"),
     Mutant("barrier for one warpgroup", _STREAM, "        ptx.bar_arrive(u32(P_STORED[wg]), u32(NUM_CONSUMERS))",
            "        ptx.bar_arrive(u32(P_STORED[wg]), u32(128))"),
     # Two thread blocks that load for each other.
     Mutant("other block's mbarriers not awaited", _DECODE, _CLUSTER_BEGINS, "            pass\n", cases=(TWO,),
-           also=(("            ptx.barrier_cluster_arrive_relaxed()\n        ptx.griddepcontrol_launch",
-                  "            pass\n        ptx.griddepcontrol_launch"),)),
+           also=(("            ptx.barrier_cluster_arrive_relaxed()\n        elif wg == 2:", "            pass\n        elif wg == 2:"),)),
     Mutant("block ends while the other one needs it", _DECODE, _CLUSTER_ENDS, "            pass\n", cases=((TWO[0], 4),)),
     Mutant("buffer freed for its own block's loads only", _PRODUCTS, *_without(
         "                ptx.mbarrier_arrive_remote(ptx.mapa_shared_cluster(mbar, ptx.cluster_ctarank() ^ u32(1)))"), cases=(TWO,)),
@@ -302,8 +308,12 @@ MUTANTS = (
            "and where the rows go.\n", cases=(MANY,), share_parts=FEW_SHARE_PARTS),
     Mutant("merge begins an item over the one before", _MERGE, "of the item before.\n                cuda.syncthreads()\n",
            "of the item before.\n", cases=(ITEMS,), share_parts=FEW_SHARE_PARTS),
-    Mutant("merge leaves out a warp's parts", _MERGE, "first_warp, num_shares, lane)",
-           "first_warp, u32(num_shares - u32(1)), lane)", (FIVE,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge leaves out a warp's parts", _MERGE, "add_warps(state_rmem, place, num_shares)",
+           "add_warps(state_rmem, place, u32(num_shares - u32(1)))", (FIVE,), share_parts=FEW_SHARE_PARTS),
+    Mutant("merge's states aligned as floats are", _MERGE, "types.float32, alignment=16)", "types.float32)", (MANY,),
+           share_parts=FEW_SHARE_PARTS),
+    Mutant("merge's warps overwrite one another's states", _MERGE, "32 * 4 * STATE_FLOATS", "16 * 4 * STATE_FLOATS", (MANY,),
+           share_parts=FEW_SHARE_PARTS),
     Mutant("merge mixes up its shares", _MERGE, "first_warp + share)", "first_warp + share % u32(1))", (MANY,),
            share_parts=FEW_SHARE_PARTS),
     # Few rows: fences, and what is in flight.
