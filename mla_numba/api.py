@@ -13,10 +13,12 @@ from .arrays import (
     ArrayView,
     address_of,
     allocator,
+    current_stream,
     device_words,
     empty_like_kind,
     fingerprint,
     on_device,
+    recogniser,
     stream_handle,
     to_host,
     view,
@@ -201,17 +203,28 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     found = None
     if plan is None or isinstance(plan, Plan):
         prepared = _prepared_calls() if plan is None else plan._prepared
-        given = [array for array in (q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse) if array is not None]
+        schedule = None if plan is None else plan.schedule
+        given = [q, kv_cache, block_table, seq_lens]
+        for array in (cu_seqlens_q, out, lse):
+            if array is not None:
+                given.append(array)
+        said = (head_dim_v, softmax_scale, causal, batch_invariant, empty_lse, check_values, backend)
+        # Types come first: True is 1, and 512 is 512.0, where the rules tell them apart.
+        options = (*map(type, said), *said, cu_seqlens_q is None, out is None, lse is None, stream is None)
+        for call in prepared:
+            if call.options == options and call.recognise is not None:
+                addresses = call.recognise(given)
+                if addresses is not None and call.keeps_results_apart(addresses):
+                    return call(schedule, addresses, out, lse, stream)
         found = fingerprint(given)
         if found is not None:
-            key, addresses = found
-            # Types come first: True is 1, and 512 is 512.0, where the rules tell them apart.
-            key += (type(head_dim_v), type(softmax_scale), type(causal), type(batch_invariant), type(empty_lse), type(check_values),
-                    type(backend), head_dim_v, softmax_scale, causal, batch_invariant, empty_lse, check_values, backend,
-                    cu_seqlens_q is None, out is None, lse is None, stream is None)
+            words, addresses = found
             for call in prepared:
-                if call.key == key and call.keeps_results_apart(addresses):
-                    return call(None if plan is None else plan.schedule, addresses, out, lse, stream)
+                if call.options == options and call.words == words and call.keeps_results_apart(addresses):
+                    if call.recognise is not None:
+                        # It was not, as if torch was in another mode (no_grad, inference_mode) the last time: the next one will be.
+                        call.recognise = recogniser(given)
+                    return call(schedule, addresses, out, lse, stream)
 
     inputs = [view(q, "q"), view(kv_cache, "kv_cache"), view(block_table, "block_table"), view(seq_lens, "seq_lens")]
     q_view, kv_view, table_view, lens_view = inputs
@@ -264,9 +277,10 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
         # Without a plan the number of pieces, and so the launch, may be another one the next time.
         can_repeat &= plan is not None or not batch_invariant
         # One is there already if this call was not repeated because the results given lie among the inputs.
-        if can_repeat and all(call.key != key for call in prepared):
-            given_views = [result for result, array in ((out_view, out), (lse_view, lse)) if array is not None]
-            prepared.insert(0, _PreparedCall(key, launch, scheduler, inputs, given_views, out_view.shape, lse_view.shape))
+        if can_repeat and all((call.options, call.words) != (options, words) for call in prepared):
+            results_given = [result for result, array in ((out_view, out), (lse_view, lse)) if array is not None]
+            results_made = [result for result, array in ((out_view, out), (lse_view, lse)) if array is None]
+            prepared.insert(0, _PreparedCall(options, words, recogniser(given), launch, scheduler, inputs, results_given, results_made))
             del prepared[_MAX_PREPARED_CALLS:]
     return _owner(out_view), _owner(lse_view)
 
@@ -274,23 +288,25 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
 class _PreparedCall:
     """A call that kept every rule, ready to be made again with arrays at other addresses. It holds on to no array."""
 
-    def __init__(self, key: list[Any], launch: Callable[..., None], scheduler: "_Scheduler | None", inputs: Sequence[ArrayView],
-                 results: Sequence[ArrayView], out_shape: tuple[int, ...], lse_shape: tuple[int, ...]):
+    def __init__(self, options: tuple[Any, ...], words: list[Any], recognise: Callable[[Sequence[Any]], list[int] | None] | None,
+                 launch: Callable[..., None], scheduler: "_Scheduler | None", inputs: Sequence[ArrayView],
+                 results_given: Sequence[ArrayView], results_made: Sequence[ArrayView]):
         q = inputs[0]
-        # All that the rules and the launch depend on but the addresses, the stream and the plan's tables.
-        self.key = key
+        # All that the rules and the launch depend on but the addresses, the stream and the plan's tables; `recognise` is `words` at once.
+        self.options, self.words, self.recognise = options, words, recognise
         self._launch, self._kind, self._device, self._address_of = launch, q.kind, q.device, address_of(q.kind)
-        self._new_out, self._new_lse = allocator(q, out_shape, q.dtype), allocator(q, lse_shape, "float32")
+        self._current_stream = current_stream(q.kind, q.device)
+        self._new_results = allocator(q, *((result.shape, result.dtype) for result in results_made)) if results_made else None
         self._num_inputs = len(inputs)
         # Lengths and offsets, for calls that plan for themselves.
         self._scheduler, self._lengths = scheduler, [replace(array, owner=None) for array in inputs[3:]]
-        self._extents = [array.extent for array in (*inputs, *results)]
+        self._extents = [array.extent for array in (*inputs, *results_given)]
         self._apart: Sequence[int] = ()
 
     def keeps_results_apart(self, addresses: Sequence[int]) -> bool:
         """Whether results that were given lie wholly before or behind every other array. Others need a closer look."""
         # Where nothing has moved since they were looked at, as from token to token of a layer, they need not be again.
-        if addresses == self._apart:
+        if len(addresses) == self._num_inputs or addresses == self._apart:
             return True
         for i in range(self._num_inputs, len(addresses)):
             low, high = (addresses[i] + end for end in self._extents[i])
@@ -301,11 +317,10 @@ class _PreparedCall:
         return True
 
     def __call__(self, schedule: Schedule | None, addresses: Sequence[int], out: Any, lse: Any, stream: Any) -> tuple[Any, Any]:
-        handle = stream_handle(stream, self._kind, self._device)
-        if out is None:
-            out = self._new_out()
-        if lse is None:
-            lse = self._new_lse()
+        handle = self._current_stream() if stream is None else stream_handle(stream, self._kind, self._device)
+        if self._new_results is not None:
+            made = self._new_results()
+            out, lse = made[0] if out is None else out, made[-1] if lse is None else lse
         if self._scheduler is not None:
             lengths = [replace(array, pointer=address) for array, address in zip(self._lengths, addresses[3:], strict=False)]
             schedule = self._scheduler(lengths, handle)

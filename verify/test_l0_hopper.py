@@ -252,7 +252,7 @@ def test_jobs_of_some_numbers_of_rows_have_kernels(rows: int, there_are: bool) -
 
 def test_arguments_are_packed_as_the_kernels_read_them():
     spec = hopper.decode_spec("bfloat16", 64, 1, 64)
-    assert gpu.formats(spec.types()) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
+    assert "".join(gpu.formats(spec.types())) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
     # Parameters begin here in constant bank 0 of sm_90, and TMA wants its maps at multiples of 64.
     assert (0x210 + 8 * hopper_config.FIRST_MAP) % 64 == 0

@@ -180,15 +180,14 @@ def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
     arrays = {name: to_device(array) for name, array in _inputs().items()}
     plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2, backend="hopper")
     right = [to_host(result) for result in mla_decode(**arrays, plan=plan)]
-    launch = Gpu.launch
+    launch_bound = Gpu.launch_bound
 
-    def without_merge(gpu, spec, *arguments):
-        if spec.module == "hopper_merge":
-            raise KeyboardInterrupt
-        launch(gpu, spec, *arguments)
+    def without_merge(gpu, stream, decode, _merge):
+        launch_bound(gpu, stream, decode)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Gpu, "launch", without_merge)
+        patch.setattr(Gpu, "launch_bound", without_merge)
         with pytest.raises(KeyboardInterrupt):
             mla_decode(**arrays, plan=plan)
     for _ in range(2):

@@ -1,60 +1,49 @@
 """What the `hopper` backend needs of a GPU: kernels launched by packed arguments, memory that is kept, tensor maps, strided copies."""
 
-import struct
-from functools import cache, lru_cache, partial
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from cuda.bindings import driver
 from numba import cuda
-from numba.cuda import types
 
 from ..config import ceil_div
 from .capture import beside_captures
 from .cubin import checked, load_kernels
-from .launch import KernelSpec, Strided, configured, numba_stream
+from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
 from .tensor_map import encode
 
-# struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, arrays are what `launch.array_words` makes of them.
-_LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
 # What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
-# Launch configurations kept for each kernel.
+# Launch configurations kept for each bound kernel, by stream.
 _MAX_CONFIGS = 256
 # Tensor maps kept: some for each layer's cache, which calls of all shapes share.
 _MAX_MAPS = 4096
 
 
-def formats(signature: Any) -> str:
-    """How struct packs the arguments of a kernel."""
-    def letters(argument: Any) -> str:
-        if isinstance(argument, types.UniTuple):
-            return f"{8 * argument.count}s"
-        if isinstance(argument, types.Array):
-            return "QQqqQ" + 2 * argument.ndim * "q"
-        return _LETTERS[str(argument)]
+class BoundKernel:
+    """A loaded kernel, its grid, and memory that its arguments are passed in: `setters` are those of `launch.Arguments`."""
 
-    return "".join(map(letters, signature.args))
+    def __init__(self, function: Any, spec: KernelSpec, grid: tuple[int, int, int], letters: Sequence[str], values: Sequence[Any]):
+        arguments = Arguments(letters, values)
+        self.setters = arguments.setters
+        self._function, self._spec, self._grid = function, spec, grid
+        size = np.array([arguments.memory.size], np.uint64)
+        extra = np.array([_BUFFER_POINTER, arguments.memory.ctypes.data, _BUFFER_SIZE, size.ctypes.data, _END], np.uint64)
+        self._extra, self._keep = int(extra.ctypes.data), (arguments, size, extra)
+        self._configs: dict[int, Any] = {}
 
+    def launch(self, stream: int) -> None:
+        """With the arguments that are in memory, in the current context."""
+        config = self._configs.get(stream) or self._config(stream)
+        (error,) = driver.cuLaunchKernelEx(config, self._function, 0, self._extra)
+        if error:
+            raise RuntimeError(f"cuLaunchKernelEx failed: {error.name}")
 
-class _Kernel:
-    """A loaded kernel and the memory that its arguments are passed in."""
-
-    def __init__(self, function: Any, letters: str, spec: KernelSpec):
-        self.function, self._spec = function, spec
-        # All arguments in one buffer, laid out as C lays out a struct's members.
-        packing = struct.Struct("@" + letters)
-        buffer = np.zeros(packing.size, np.uint8)
-        self.pack = partial(packing.pack_into, buffer.data, 0)
-        size = np.array([packing.size], np.uint64)
-        extra = np.array([_BUFFER_POINTER, buffer.ctypes.data, _BUFFER_SIZE, size.ctypes.data, _END], np.uint64)
-        self.arguments, self._keep = int(extra.ctypes.data), (buffer, size, extra)
-        # By grid and stream.
-        self.configs: dict[tuple[tuple[int, int, int], int], Any] = {}
-
-    def config(self, grid: tuple[int, int, int], stream: int) -> Any:
+    def _config(self, stream: int) -> Any:
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self._spec.num_threads, 1, 1
         config.sharedMemBytes, config.hStream = self._spec.smem_bytes, driver.CUstream(stream)
         attributes = []
@@ -70,14 +59,14 @@ class _Kernel:
             cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self._spec.cluster_size, 1, 1
             attributes.append(cluster)
         config.attrs, config.numAttrs = attributes, len(attributes)
-        if len(self.configs) == _MAX_CONFIGS:
-            self.configs.clear()
-        self.configs[grid, stream] = config
+        if len(self._configs) == _MAX_CONFIGS:
+            self._configs.clear()
+        self._configs[stream] = config
         return config
 
 
 class Gpu:
-    """One device, whichever the calling thread's current one is. Whoever launches holds a lock: the memory of a kernel's arguments is
+    """One device, whichever the calling thread's current one is. Whoever launches holds a lock: the memory of a bound kernel's arguments is
     shared by all threads."""
 
     def __init__(self, device_idx: int):
@@ -86,7 +75,9 @@ class Gpu:
         self.num_sms = int(self._numba.MULTIPROCESSOR_COUNT)
         with self._numba:
             self._context = _current_context()
-        self._kernels: dict[KernelSpec, _Kernel] = {}
+        self._kernels: dict[KernelSpec, tuple[Any, list[str]]] = {}
+        # Kernels all of whose arguments are set anew for each launch.
+        self._unbound: dict[tuple[KernelSpec, tuple[int, int, int]], BoundKernel] = {}
         self.unfinished: dict[int, int] = {}
         # A map follows from what it is made of: a kept one is never wrong, whatever now lies at its address.
         self.tensor_map = lru_cache(maxsize=_MAX_MAPS)(self._encode)
@@ -120,24 +111,33 @@ class Gpu:
             with self._numba, beside_captures():
                 functions = load_kernels(missing, self._device_idx)
             for spec, function in zip(missing, functions, strict=True):
-                self._kernels[spec] = _Kernel(function, formats(spec.types()), spec)
+                self._kernels[spec] = function, formats(spec.types())
 
-    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        """Launch a kernel; one that waits itself may start before the one ahead of it in the stream has ended."""
-        kernel = self._kernels.get(spec)
-        if kernel is None:
-            self.load(spec)
-            kernel = self._kernels[spec]
-        kernel.pack(*arguments)
-        config = kernel.configs.get((grid, stream)) or kernel.config(grid, stream)
+    def bind(self, spec: KernelSpec, grid: tuple[int, int, int], *arguments: Any) -> BoundKernel:
+        """A kernel to be launched by `launch_bound`, again and again; of its arguments those that are None are set before."""
+        self.load(spec)
+        function, letters = self._kernels[spec]
+        return BoundKernel(function, spec, grid, letters, arguments or (None,) * len(letters))
+
+    def launch_bound(self, stream: int, *kernels: BoundKernel) -> None:
+        """Launch kernels one behind the other; one that waits itself may start before the one ahead of it in the stream has ended."""
         # Numba's way of making a device current costs more than a launch (5.6 and 3.7 us, H100 machine).
         if _current_context() == self._context:
-            (error,) = driver.cuLaunchKernelEx(config, kernel.function, 0, kernel.arguments)
-        else:
-            with self._numba:
-                (error,) = driver.cuLaunchKernelEx(config, kernel.function, 0, kernel.arguments)
-        if error:
-            raise RuntimeError(f"cuLaunchKernelEx failed: {error.name}")
+            for kernel in kernels:
+                kernel.launch(stream)
+            return
+        with self._numba:
+            for kernel in kernels:
+                kernel.launch(stream)
+
+    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
+        """Launch a kernel with these arguments."""
+        kernel = self._unbound.get((spec, grid))
+        if kernel is None:
+            kernel = self._unbound[spec, grid] = self.bind(spec, grid)
+        (put,) = kernel.setters
+        put(*arguments)
+        self.launch_bound(stream, kernel)
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None:
         num_blocks = min(1024, ceil_div(int(np.prod(source.shape)), 256))

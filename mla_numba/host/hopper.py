@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from numba import cuda
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import HEAD_DIM_QK, HEAD_DIM_V, LOG2_E
 from ..kernels import hopper_config
-from ..kernels.hopper_config import HALF_TILES, NUM_TILES, NUM_WARPS, SIDE_TILES, TILE_COLUMNS, HopperConfig
+from ..kernels.hopper_config import FIRST_MAP, HALF_TILES, NUM_TILES, NUM_WARPS, SIDE_TILES, TILE_COLUMNS, HopperConfig
 from ..scheduler import MERGE_MAX_SHARES
 from . import simt
 from .hopper_cut import is_for_kernels, tiles_of
@@ -94,20 +94,32 @@ def _int32_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(4 * math.prod(shape[i + 1:]) for i in range(len(shape)))
 
 
+class Bound(Protocol):
+    """A kernel and its arguments, some of which are to be set before each launch."""
+
+    @property
+    def setters(self) -> Sequence[Callable[..., None]]:
+        """One for each run of arguments that were None, which it takes."""
+
+
 class Device(Protocol):
     """What `decode` needs of a GPU: `gpu.Gpu`, or the emulator of verify/emulator."""
 
     num_sms: int
-    # Of calls that ended between their two launches (an error, an interrupt): how many counters, by their address. What their decode
-    # counted up no merge took back; the next one would take parts for there that are not.
+    # Of calls that did not come to their end (an error, an interrupt): how many counters, by their address. What the decode counted up no
+    # merge took back; the next one would take parts for there that are not.
     unfinished: dict[int, int]
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         """As a kernel takes it for a parameter."""
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int: ...
 
-    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None: ...
+    def bind(self, spec: KernelSpec, grid: tuple[int, int, int], *arguments: Any) -> "Bound":
+        """A kernel to be launched by `launch_bound`; of its arguments those that are None are set before."""
+
+    def launch_bound(self, stream: int, *kernels: Any) -> None:
+        """Launch kernels that `bind` made, one behind the other."""
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None: ...
 
@@ -146,8 +158,8 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return 2 * shape[1] * shape[2] * shape[3], 2 * shape[2] * shape[3], 2 * shape[3]
 
 
-def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) -> Callable[[int, int], Any]:
-    """How a q that lies as this one, at any address, gets its tensor map: a function of its address and the stream.
+def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) -> Callable[[int, int], bytes]:
+    """How a q that lies as this one, at any address aligned alike, gets its tensor map: a function of its address and the stream.
 
     The map is of (packed rows, tiles, KV heads, q batches), a box is a row tile. Packed rows are token by token, head by head; where q's
     strides have no such axis, or suit no TMA, q is copied first."""
@@ -157,7 +169,7 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
     group_stride, num_floats = heads * head_stride, q.size // 2
     sizes, box = (TILE_COLUMNS, tokens * heads, NUM_TILES, kv_heads, q_batches), (TILE_COLUMNS, num_rows, NUM_TILES, 1, 1)
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
-    fits = packed and head_stride % 16 == 0 and batch_stride % 16 == 0 and min(head_stride, batch_stride) >= 0
+    fits = packed and min(head_stride, batch_stride) >= 0 and not any(step % 16 for step in (head_stride, batch_stride, q.pointer))
     # TMA takes no stride of 0; that of an axis of one does not matter.
     strides = (head_stride or 16, 2 * TILE_COLUMNS, group_stride or 16, batch_stride or 16)
     row = 2 * HEAD_DIM_QK
@@ -167,20 +179,18 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
     destination_strides = (copy_strides[3], heads * row, copy_strides[2], row, 2)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_map(address: int, strides: tuple[int, ...]) -> Any:
+    def in_place(address: int, _stream: int) -> bytes:
         return device.tensor_map(shape.dtype, address, sizes, strides, box)
 
-    def copying_if_needed(address: int, stream: int) -> Any:
-        if fits and address % 16 == 0:
-            return tensor_map(address, strides)
+    def of_a_copy(address: int, stream: int) -> bytes:
         copied = device.workspace(num_floats, stream, "q")
         device.copy(Strided(copied, five, destination_strides), Strided(address, five, source_strides), stream)
-        return tensor_map(copied, copy_strides)
+        return device.tensor_map(shape.dtype, copied, sizes, copy_strides, box)
 
-    return copying_if_needed
+    return in_place if fits else of_a_copy
 
 
-def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: HopperConfig, device: Device) -> Callable[[int], tuple[Any, Any]]:
+def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: HopperConfig, device: Device) -> Callable[[int], tuple[bytes, bytes]]:
     """How a cache that lies as this one, at any address that TMA takes, gets its tensor maps: boxes are the left and right sides of blocks,
     or the two halves of a right side; of eight tokens, if pages are smaller than a block."""
     page_stride, token_stride, head_stride = kv_cache.strides[:3]
@@ -194,7 +204,7 @@ def _kv_maps(shape: DecodeShape, kv_cache: ArrayMemory, config: HopperConfig, de
     left, right = ((TILE_COLUMNS, config.box_rows, tiles, 1, 1) for tiles in box_tiles)
 
     @lru_cache(maxsize=_MAX_KEPT)
-    def tensor_maps(address: int) -> tuple[Any, Any]:
+    def tensor_maps(address: int) -> tuple[bytes, bytes]:
         if num_pages == 0:
             address = device.workspace(page_stride // 4, 0, "zeros")
         return (device.tensor_map(shape.dtype, address, sizes, strides, left),
@@ -239,14 +249,24 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_items = ITEMS_PER_GROUP * row_groups
     merge_rows = max(1, min(merge_rows, blocks_per_sm(num_rows) * device.num_sms // (merge_items * num_kv_heads)))
-    grid, merge_grid = (row_tiles, num_workers, num_kv_heads), (merge_items, num_kv_heads, merge_rows)
     num_requests, max_pages = block_table.shape
-    table_words, cache_words = (*block_table.strides, max_pages, num_requests), (*kv_cache.strides[:3], kv_cache.shape[0])
-    words = (heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
-    merge_words = (row_tiles, heads_per_kv, empty_lse)
-    out_shape, out_strides, lse_strides, out_floats = out.shape, out.strides[:3], lse.strides, out.size // 2
+    out_shape, out_strides, out_floats = out.shape, out.strides[:3], out.size // 2
     # The kernels store 16 bytes of a row at a time.
-    out_fits = all(stride % 16 == 0 for stride in out_strides)
+    copies_out = any(step % 16 for step in (*out_strides, out.pointer))
+    written_strides = _c_strides(out_shape) if copies_out else out_strides
+    # Tables, workspaces and maps, with the block table behind them; the cache; out; lse: each call has its own.
+    decode = device.bind(kernel, (row_tiles, num_workers, num_kv_heads), *[None] * FIRST_MAP, None, None, None,
+                         None, *block_table.strides, max_pages, num_requests, None, *kv_cache.strides[:3], kv_cache.shape[0],
+                         None, *written_strides, None, *lse.strides,
+                         heads_per_kv, int(shape.causal), split_blocks, max(softmax_scale * LOG2_E, _LEAST_SCALE), empty_lse)
+    set_tables_and_maps, set_cache, set_out, set_lse = decode.setters
+    kernels: list[Any] = [decode]
+    if num_slots > 0:
+        # Tables and workspaces, with out behind them; lse.
+        merge = device.bind(merge_kernel, (merge_items, num_kv_heads, merge_rows), *[None] * 5, None, *written_strides, None, *lse.strides,
+                            row_tiles, heads_per_kv, empty_lse)
+        set_merge_tables_and_out, set_merge_lse = merge.setters
+        kernels.append(merge)
 
     @lru_cache(maxsize=_MAX_KEPT)
     def workspaces(stream: int) -> tuple[int, int, int]:
@@ -257,24 +277,23 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
         tables = schedule.addresses
         with _launch_lock:
             o_partial, state_partial, counters = workspaces(stream)
-            copies_out = not out_fits or out % 16 != 0
-            written, strides = out, out_strides
-            if copies_out:
-                written, strides = device.workspace(out_floats, stream, "out"), _c_strides(out_shape)
-            results = (written, *strides, lse, *lse_strides)
-            maps = (q_map(q, stream), *kv_maps(kv_cache))
+            written = device.workspace(out_floats, stream, "out") if copies_out else out
+            set_tables_and_maps(tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
+                                q_map(q, stream), *kv_maps(kv_cache), block_table)
+            set_cache(kv_cache)
+            set_out(written)
+            set_lse(lse)
+            if num_slots > 0:
+                set_merge_tables_and_out(tables["merges"], tables["totals"], o_partial, state_partial, counters, written)
+                set_merge_lse(lse)
             if counters in device.unfinished:
                 device.clear(counters, device.unfinished[counters], stream)
             device.unfinished[counters] = num_counters
-            device.launch(kernel, grid, stream, tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
-                          *maps, block_table, *table_words, kv_cache, *cache_words, *results, *words)
-            if num_slots > 0:
-                device.launch(merge_kernel, merge_grid, stream, tables["merges"], tables["totals"], o_partial, state_partial, counters,
-                              *results, *merge_words)
+            device.launch_bound(stream, *kernels)
             del device.unfinished[counters]
             if copies_out:
                 five = (*out_shape[:3], 1, HEAD_DIM_V)
-                device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*strides, 0, 2)), stream)
+                device.copy(Strided(out, five, (*out_strides, 0, 2)), Strided(written, five, (*written_strides, 0, 2)), stream)
 
     return launch
 

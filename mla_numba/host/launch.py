@@ -2,13 +2,21 @@
 
 import importlib
 import math
+import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numba import cuda
+from numba.cuda import types
 from numba.cuda.core.errors import NumbaPerformanceWarning
+
+# struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, arrays are what `array_words` makes of them.
+_LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
 
 
 class ArrayMemory(Protocol):
@@ -70,6 +78,53 @@ class KernelSpec:
 
     def _module(self) -> Any:
         return importlib.import_module(f"..kernels.{self.module}", __package__)
+
+
+def formats(signature: Any) -> list[str]:
+    """How struct packs the arguments of a kernel, word by word."""
+    def letters(argument: Any) -> list[str]:
+        if isinstance(argument, types.UniTuple):
+            return [f"{8 * argument.count}s"]
+        if isinstance(argument, types.Array):
+            return list("QQqqQ" + 2 * argument.ndim * "q")
+        return [_LETTERS[str(argument)]]
+
+    return [letter for argument in signature.args for letter in letters(argument)]
+
+
+class Arguments:
+    """A kernel's arguments in memory of their own, laid out as C lays out a struct's members.
+
+    Parameters
+    ----------
+    letters : sequence of str
+        From `formats`.
+    values : sequence
+        What they are; None for those that are to be set before a launch.
+
+    Attributes
+    ----------
+    memory : np.ndarray, uint8
+    setters : list of callables
+        One for each run of arguments that were None, which it takes: a launch again costs what has changed.
+    """
+
+    def __init__(self, letters: Sequence[str], values: Sequence[Any]):
+        self.memory = np.zeros(struct.calcsize("@" + "".join(letters)), np.uint8)
+        self.setters = []
+        begin, behind = 0, ""
+        for is_open, run in groupby(zip(letters, values, strict=True), lambda argument: argument[1] is None):
+            run_letters, run_values = zip(*run, strict=True)
+            begin = struct.calcsize(f"@{behind}0{run_letters[0][-1]}")
+            if begin % 8:
+                raise ValueError(f"arguments from {run_letters[0]!r} on are packed by themselves: they must begin at a multiple of 8, "
+                                 f"not at {begin}")
+            put = partial(struct.Struct("@" + "".join(run_letters)).pack_into, self.memory.data, begin)
+            if is_open:
+                self.setters.append(put)
+            else:
+                put(*run_values)
+            behind += "".join(run_letters)
 
 
 def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """A GPU for `mla_numba.host.hopper`: host arrays under addresses of its own, kernels run by the machine. And a decode on it."""
 
 import ctypes
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from mla_numba.arrays import ArrayView, view
 from mla_numba.config import DecodeShape, ScheduleConfig
 from mla_numba.contract import EMPTY_LSE
 from mla_numba.host import hopper
-from mla_numba.host.launch import KernelSpec, Strided
+from mla_numba.host.launch import Arguments, KernelSpec, Strided, formats
 from mla_numba.host.schedule import Schedule, make_host_schedule
 
 from .findings import Finding
@@ -23,6 +25,21 @@ from .tma import MAP_BYTES, TensorMap
 # Static shared memory that the linker would reserve: what the kernels' arrays may take.
 STATIC_SMEM = 48 * 1024
 _TABLES = ("jobs", "workers", "starts", "merges", "totals")
+
+
+class _BoundKernel:
+    """As `mla_numba.host.gpu.BoundKernel`: its arguments lie in memory."""
+
+    def __init__(self, spec: KernelSpec, grid: tuple[int, int, int], values: Sequence[Any]):
+        self.spec, self.grid = spec, grid
+        self._letters = formats(spec.types())
+        in_memory = Arguments(self._letters, values)
+        self.setters: Sequence[Callable[..., None]] = in_memory.setters
+        self._memory = in_memory.memory
+
+    def arguments(self) -> list[Any]:
+        values = struct.unpack("@" + "".join(self._letters), self._memory)
+        return [struct.unpack(f"{len(value) // 8}Q", value) if isinstance(value, bytes) else value for value in values]
 
 
 class EmulatedGpu:
@@ -65,12 +82,11 @@ class EmulatedGpu:
                      for name in _TABLES}
         return replace(schedule, addresses=addresses)
 
-    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...],
-                   box: tuple[int, ...]) -> tuple[int, ...]:
+    def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         """The words of a map that a kernel has for parameters: where they lie."""
         if dtype not in ("bfloat16", "float16"):
             raise Finding("misaligned", f"tensor map of {dtype}: only 16-bit elements are modelled")
-        return self.add_map(TensorMap(address, sizes, strides, box))
+        return struct.pack(f"{MAP_BYTES // 8}Q", *self.add_map(TensorMap(address, sizes, strides, box)))
 
     def add_map(self, tensor_map: TensorMap) -> tuple[int, ...]:
         at = self.machine.memory.add("tensor map", np.zeros(MAP_BYTES, np.uint8))
@@ -85,6 +101,13 @@ class EmulatedGpu:
             self._addresses[purpose] = self.machine.memory.add(purpose, self._workspaces[purpose], writable=True,
                                                                written=purpose != "partials")
         return self._addresses[purpose]
+
+    def bind(self, spec: KernelSpec, grid: tuple[int, int, int], *arguments: Any) -> "_BoundKernel":
+        return _BoundKernel(spec, grid, arguments)
+
+    def launch_bound(self, stream: int, *kernels: "_BoundKernel") -> None:
+        for kernel in kernels:
+            self.launch(kernel.spec, kernel.grid, stream, *kernel.arguments())
 
     def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
         module = self.language.load(f"mla_numba.kernels.{spec.module}")
