@@ -11,6 +11,7 @@ import threading
 import types
 import weakref
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -69,24 +70,42 @@ class _TorchTensor:
 _CupyArray.__module__, _TorchTensor.__module__ = "cupy", "torch"
 
 
+class _TensorGuards:
+    """As torch's: tensors made in another mode of torch than the present one are not told."""
+
+    mode = "train"
+
+    def __init__(self, *tensors, dynamic_dims_sizes, dynamic_dims_strides):
+        self._facts = [(type(tensor), self.mode, tensor.dtype, tensor.device.index, tuple(shape), tuple(strides))
+                       for tensor, shape, strides in zip(tensors, dynamic_dims_sizes, dynamic_dims_strides, strict=True)]
+
+    def check(self, *tensors):
+        if not all(isinstance(tensor, _TorchTensor) for tensor in tensors):
+            return False
+        return self._facts == [(type(tensor), self.mode, tensor.dtype, tensor.device.index, tensor.shape, tensor.stride())
+                               for tensor in tensors]
+
+
 class _Library:
     """A module `torch` or `cupy` whose arrays are new, one behind the other, and which has a current stream."""
 
-    def __init__(self, name):
+    def __init__(self, name, guards=None):
         self.name, self.array, self.next, self.stream = name, _TorchTensor if name == "torch" else _CupyArray, 2**32, 0
         self.module = types.ModuleType(name)
         self.module.strided = "strided"
-        self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype)
+        self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype, strides)
         self.module.empty = lambda shape, dtype, device=None: self.new(shape if isinstance(shape, tuple) else (shape,), dtype)
         for dtype in ("bfloat16", "float32", "int32"):
             setattr(self.module, dtype, dtype)
         self.module._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: self.stream)
+        if guards is not None:
+            self.module._C._dynamo = SimpleNamespace(guards=SimpleNamespace(TensorGuards=guards))
         self.module.cuda = SimpleNamespace(Device=lambda device: nullcontext(),
                                            get_current_stream=lambda device: SimpleNamespace(ptr=self.stream))
 
-    def new(self, shape, dtype):
+    def new(self, shape, dtype, strides=None):
         self.next += _MB
-        return self.array(self.next, shape, dtype)
+        return self.array(self.next, shape, dtype, strides and tuple(step * np.dtype(dtype).itemsize for step in strides))
 
     def inputs(self, base=_MB, **changes):
         arrays = dict(q=self.array(base, (_BATCH, 1, _HEADS, 576)), kv_cache=self.array(base + _MB, (_PAGES, 64, 1, 576)),
@@ -142,8 +161,8 @@ class _Machine:
 class _Run:
     """`mla_decode` with a driver that writes down launches; `validated` counts the calls that went the long way."""
 
-    def __init__(self, library, monkeypatch):
-        self.library = _Library(library)
+    def __init__(self, library, monkeypatch, guards=None):
+        self.library = _Library(library, guards)
         self.driver = _Driver(gpu.driver)
         monkeypatch.setitem(sys.modules, library, self.library.module)
         for module in (gpu, capture):
@@ -180,6 +199,7 @@ class _Run:
         monkeypatch.setattr(validate, "decode_shape", counting)
         self.plan = self.make_plan()
         api._prepared_calls.cache_clear()
+        monkeypatch.setattr(arrays, "_tensor_guards", cache(arrays._tensor_guards.__wrapped__))
 
     def make_plan(self, base=2**30):
         shape = DecodeShape(_BATCH, 1, _BATCH, _HEADS, 1, 576, 512, 64, "bfloat16", causal=True, batch_invariant=False)
@@ -202,9 +222,10 @@ class _Run:
         return launched
 
 
-@pytest.fixture(params=["torch", "cupy"])
+@pytest.fixture(params=["torch", "torch-guards", "cupy"])
 def run(request, monkeypatch):
-    return _Run(request.param, monkeypatch)
+    library, _, guards = request.param.partition("-")
+    return _Run(library, monkeypatch, _TensorGuards if guards else None)
 
 
 _VARIANTS = {
@@ -303,6 +324,34 @@ def test_the_current_stream_is_asked_for_each_time(run):
         _, launches, _ = run()
         assert {launch[2] for launch in launches} == {stream}
     assert run.validated == 1
+
+
+def test_torch_tensors_are_told_at_once_and_in_another_mode_from_the_second_call_on(monkeypatch):
+    run, asked = _Run("torch", monkeypatch, _TensorGuards), []
+    monkeypatch.setattr(api, "fingerprint", lambda given: asked.append(len(given)) or arrays.fingerprint(given))
+    run()
+    expected, asked[:] = run(run.library.inputs(base=64 * _MB))[1], []
+    run.library.next -= 2 * _MB
+    assert run(run.library.inputs(base=64 * _MB))[1] == expected and not asked
+    monkeypatch.setattr(_TensorGuards, "mode", "inference")
+    for _ in range(3):
+        run()
+    assert asked == [4] and run.validated == 1
+
+
+@pytest.mark.parametrize("lie", [True, False])
+def test_guards_that_do_not_tell_tensors_apart_are_not_used(monkeypatch, lie):
+    class Guards(_TensorGuards):
+        def check(self, *_tensors):
+            return lie
+
+    run = _Run("torch", monkeypatch, Guards)
+    assert arrays._tensor_guards() is None
+    run()
+    with pytest.raises(StalePlanError):
+        run(run.library.inputs(q=run.library.array(_MB, (_BATCH, 1, 2 * _HEADS, 576))))
+    run()
+    assert run.validated == 2
 
 
 def test_torch_makes_results_the_quick_way_where_their_device_is_current(monkeypatch):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numba import cuda
 
-from mla_numba import flash_mla, merge_states, mla_decode, plan_decode
+from mla_numba import arrays, flash_mla, merge_states, mla_decode, plan_decode
 from mla_numba.dispatch import unavailable
 from verify.checks import assert_within
 from verify.tolerances import decode_bounds, merge_bounds
@@ -172,6 +172,30 @@ def test_graph_plans_anew_at_each_replay(planned, same_stream):
 
 # The rest of this file runs on any GPU; this is about hopper's two launches, and its merge alone leaves counters to a later call.
 @pytest.mark.skipif(bool(unavailable("hopper")), reason="; ".join(unavailable("hopper")))
+def test_torch_tensors_are_told_at_once():
+    torch = pytest.importorskip("torch")
+
+    def tensors(**changes):
+        made = dict(q=torch.empty((3, 2, 16, 576), dtype=torch.bfloat16, device="cuda"),
+                    lens=torch.empty(8, dtype=torch.int32, device="cuda")[1:4])
+        return list({**made, **changes}.values())
+
+    recognise = arrays.recogniser(tensors())
+    if recognise is None:
+        pytest.skip(f"torch {torch.__version__} has no such way, or another one")
+    alike = tensors()
+    assert recognise(alike) == [tensor.data_ptr() for tensor in alike] == arrays.fingerprint(alike)[1]
+    with torch.no_grad():
+        assert recognise(alike) is not None
+    shape, options = (3, 2, 16, 576), dict(dtype=torch.bfloat16, device="cuda")
+    for other in (torch.empty((3, 2, 32, 576), **options), torch.empty((3, 16, 2, 576), **options).transpose(1, 2), None, 3,
+                  torch.empty(shape, dtype=torch.float16, device="cuda"), torch.empty(shape, dtype=torch.bfloat16),
+                  torch.nn.Parameter(torch.empty(shape, **options)), torch.empty((3, 4, 16, 576), **options)[:, :2], np.zeros(shape)):
+        assert recognise(tensors(q=other)) is None
+    # Aligned otherwise.
+    assert recognise(tensors(lens=torch.empty(8, dtype=torch.int32, device="cuda")[:3])) is None
+
+
 def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
     """As by Ctrl-C: the decode has counted its parts up, and no merge takes them back."""
     from mla_numba.host.gpu import Gpu
