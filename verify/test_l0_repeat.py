@@ -309,6 +309,16 @@ def test_tensor_maps_are_made_once_whoever_prepares_the_call(run):
     assert len(run.encoded) == 6
 
 
+def test_kernels_are_bound_once_whoever_prepares_the_call(run):
+    run()
+    expected = run.as_the_first(run.library.inputs(base=64 * _MB), plan=run.make_plan(base=2**31), stream=7)
+    assert gpu.gpu(0).bind.cache_info().misses == 2
+    gpu.gpu(0).bind.cache_clear()
+    assert run.as_the_first(run.library.inputs(base=64 * _MB), plan=run.make_plan(base=2**31), stream=7) == expected
+    run.as_the_first(softmax_scale=0.5)
+    assert gpu.gpu(0).bind.cache_info().misses == 3
+
+
 def test_memory_and_kernels_are_made_beside_what_is_captured(run):
     run()
     modes = run.driver.CUstreamCaptureMode
