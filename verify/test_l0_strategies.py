@@ -115,18 +115,7 @@ def test_bounds_are_tight_enough_to_tell(values: str, dtype: str) -> None:
     assert np.median(lse_bound) < 0.01
 
 
-@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
-def test_strategies_draw_every_kind_of_case(dims) -> None:
-    drawn: list[MLACase] = []
-
-    @hypothesis.settings(max_examples=400)
-    @hypothesis.given(mla_cases(dims, ragged=True))
-    def collect(case: MLACase) -> None:
-        drawn.append(case)
-
-    collect()
-    for name, choices in (("values", VALUES), ("pages", PAGES), ("layout", LAYOUTS), ("dtype", DTYPES), ("causal", (True, False))):
-        assert {getattr(case, name) for case in drawn} == set(choices)
+def _kinds_not_drawn(dims, drawn: list[MLACase]) -> list[str]:
     ends = [(case, length) for case in drawn for length in case.seq_lens]
     kinds = {
         "length 0": any(length == 0 for _, length in ends),
@@ -149,7 +138,29 @@ def test_strategies_draw_every_kind_of_case(dims) -> None:
         "no spare page": any(case.spare_pages == 0 for case in drawn),
         "a scale of its own": any(case.softmax_scale == 1.0 for case in drawn),
     }
-    assert [kind for kind, found in kinds.items() if not found] == []
+    return [kind for kind, found in kinds.items() if not found]
+
+
+@pytest.mark.parametrize("dims", DIMS.values(), ids=DIMS)
+def test_strategies_draw_every_kind_of_case(dims) -> None:
+    drawn: list[MLACase] = []
+    # Which cases are drawn changes with the constants of all that is imported, and of long requests few are shorter than their queries: 2
+    # to 21 of 1,000 cases.
+    for seed in range(10):
+        @hypothesis.seed(seed)
+        @hypothesis.settings(max_examples=400)
+        @hypothesis.given(mla_cases(dims, ragged=True))
+        def collect(case: MLACase) -> None:
+            drawn.append(case)
+
+        collect()
+        missing = _kinds_not_drawn(dims, drawn)
+        if not missing:
+            break
+    assert missing == []
+    for name, choices in (("values", VALUES), ("pages", PAGES), ("layout", LAYOUTS), ("dtype", DTYPES), ("causal", (True, False))):
+        assert {getattr(case, name) for case in drawn} == set(choices)
+    ends = [(case, length) for case in drawn for length in case.seq_lens]
     assert max(sum(case.seq_lens) for case in drawn) <= dims.max_tokens
     edges = sum(length in (0, 1) or min(abs(length - edge) for edge in (*dims.edges, case.page_size)) <= 1 for case, length in ends)
     assert edges > 0.4 * len(ends), f"{edges} of {len(ends)} lengths lie at an edge"
