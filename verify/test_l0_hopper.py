@@ -3,6 +3,7 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
+import struct
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba.host import gpu, hopper, hopper_cut  # noqa: E402
+from mla_numba.host import hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
@@ -252,10 +253,20 @@ def test_jobs_of_some_numbers_of_rows_have_kernels(rows: int, there_are: bool) -
 
 def test_arguments_are_packed_as_the_kernels_read_them():
     spec = hopper.decode_spec("bfloat16", 64, 1, 64)
-    assert "".join(gpu.formats(spec.types())) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
+    assert "".join(launch.formats(spec.types())) == "QQQQQQ128s128s128sQqqiiQqqqiQqqqQqqqiiiff"
     assert len(spec.types().args) == spec.kernel().__code__.co_argcount
     # Parameters begin here in constant bank 0 of sm_90, and TMA wants its maps at multiples of 64.
     assert (0x210 + 8 * hopper_config.FIRST_MAP) % 64 == 0
+
+
+def test_arguments_that_are_set_later_lie_where_all_at_once_would():
+    letters, values = ["Q", "16s", "i", "q", "Q", "f", "i", "Q"], [1, bytes(range(16)), 2, -3, 4, 0.5, 5, 6]
+    arguments = launch.Arguments(letters, [None, None, 2, -3, None, 0.5, 5, None])
+    for put, run in zip(arguments.setters, (values[:2], values[4:5], values[7:]), strict=True):
+        put(*run)
+    assert arguments.memory.tobytes() == struct.pack("@" + "".join(letters), *values)
+    with pytest.raises(ValueError, match="must begin at a multiple of 8, not at 4"):
+        launch.Arguments(["i", "i", "Q"], [1, None, 2])
 
 
 def test_boxes_are_of_a_block_or_of_an_atom_of_a_page():

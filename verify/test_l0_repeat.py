@@ -26,7 +26,7 @@ if cuda.config.ENABLE_CUDASIM:
 # After the skip: the simulator lacks what they import.
 from mla_numba import BackendUnavailable, Plan, StalePlanError, api, arrays, flash_mla, mla_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
-from mla_numba.host import capture, gpu, hopper, hopper_cut  # noqa: E402
+from mla_numba.host import capture, gpu, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
@@ -136,7 +136,8 @@ class _Driver:
     def _launch(self, config, spec, extra):
         _, buffer, _, size, end = (ctypes.c_uint64 * 5).from_address(extra)
         assert end == 0
-        words = struct.unpack("@" + "".join(gpu.formats(spec.types())), ctypes.string_at(buffer, ctypes.c_uint64.from_address(size).value))
+        packed = ctypes.string_at(buffer, ctypes.c_uint64.from_address(size).value)
+        words = struct.unpack("@" + "".join(launch.formats(spec.types())), packed)
         grid = config.gridDimX, config.gridDimY, config.gridDimZ
         self.launches.append((spec.name, self.current, int(config.hStream), grid, words))
         return 0

@@ -170,8 +170,6 @@ def test_graph_plans_anew_at_each_replay(planned, same_stream):
         assert (out == expected_out).all() and (lse == expected_lse).all(), seq_lens
 
 
-# The rest of this file runs on any GPU; this is about hopper's two launches, and its merge alone leaves counters to a later call.
-@pytest.mark.skipif(bool(unavailable("hopper")), reason="; ".join(unavailable("hopper")))
 def test_torch_tensors_are_told_at_once():
     torch = pytest.importorskip("torch")
 
@@ -181,6 +179,7 @@ def test_torch_tensors_are_told_at_once():
         return list({**made, **changes}.values())
 
     recognise = arrays.recogniser(tensors())
+    # torch may take it away or change it: calls are told by their fingerprints then, and are right all the same (`arrays.recogniser`).
     if recognise is None:
         pytest.skip(f"torch {torch.__version__} has no such way, or another one")
     alike = tensors()
@@ -196,6 +195,8 @@ def test_torch_tensors_are_told_at_once():
     assert recognise(tensors(lens=torch.empty(8, dtype=torch.int32, device="cuda")[:3])) is None
 
 
+# The rest of this file runs on any GPU; this is about hopper's two launches, and its merge alone leaves counters to a later call.
+@pytest.mark.skipif(bool(unavailable("hopper")), reason="; ".join(unavailable("hopper")))
 def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
     """As by Ctrl-C: the decode has counted its parts up, and no merge takes them back."""
     from mla_numba.host.gpu import Gpu

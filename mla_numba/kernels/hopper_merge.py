@@ -102,8 +102,8 @@ STATES_SMEM = MERGE_WARPS * 32 * STATE_FLOATS
 ENDS, WEIGHTS = O_STATE * MERGE_WARPS, 2 * MERGE_WARPS
 ROWS_SMEM = 2 * ITEM_ROWS
 
-# What a block's warps share: their states; where each of an item's rows goes, and then where the lse of each goes; how many announcements
-# of its parts thread 0 has seen.
+# What a block's warps share: their states, by address; where each of an item's rows goes, and then where the lse of each goes; how many
+# announcements of its parts thread 0 has seen.
 Shared = namedtuple("Shared", "states_smem rows_smem announced_smem")
 # Where a lane's share of slot 0 lies: words 0 to 3 of its pair of strips, 4 and 5, its rows' states.
 LaneParts = namedtuple("LaneParts", "words last_words state")
