@@ -67,7 +67,7 @@ def inspect(spec: "KernelSpec") -> SassReport:
     FileNotFoundError
         There is no nvdisasm.
     """
-    from mla_numba.host.cubin import compile_kernel
+    from mla_numba.host.compiler import compile_kernel
 
     nvdisasm = find_tool("nvdisasm")
     if nvdisasm is None:

@@ -3,7 +3,9 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
+import shutil
 import struct
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba.host import hopper, hopper_cut, launch  # noqa: E402
+from mla_numba.host import compiler, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
@@ -285,3 +287,36 @@ def test_boxes_of_a_side_fill_its_place(page_size):
                   for box in range(hopper_config.BLOCK_N // config.box_rows) for tile in range(tiles)
                   for atom in range(box * atoms_of_box, (box + 1) * atoms_of_box)]
         assert places == list(range(0, tiles * hopper_config.TILE_BYTES, hopper_config.ATOM_BYTES))
+
+
+def _compiled(monkeypatch, python: str) -> tuple[list[bytes], list[str]]:
+    """What `compile_kernels` makes of a decode and a merge with this Python, and what it has this process compile, which makes nothing."""
+    here: list[str] = []
+
+    def compile_here(specs):
+        here.extend(spec.module for spec in specs)
+        return [(b"here", "")] * len(specs)
+
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(compiler, "_compile_here", compile_here)
+    specs = [hopper.decode_spec("bfloat16", 64, 2, 64), hopper.merge_spec("bfloat16", 16)]
+    return [code for code, _ in compiler.compile_kernels(specs)], here
+
+
+def test_kernels_beside_the_first_are_compiled_by_another_process(monkeypatch):
+    codes, here = _compiled(monkeypatch, sys.executable)
+    assert here == ["hopper_decode"]
+    assert codes[0] == b"here"
+    assert codes[1].startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("program", ["true", "false", "echo", None])
+@pytest.mark.parametrize("name", ["python", "application"])
+def test_kernels_are_compiled_here_where_there_is_no_python_to_run(monkeypatch, tmp_path, program: str | None, name: str) -> None:
+    """It may not be there, fail, write nothing or something else; what is not called Python is not run."""
+    python = tmp_path / name
+    if program is not None:
+        python.symlink_to(shutil.which(program) or "")
+    codes, here = _compiled(monkeypatch, str(python))
+    assert here == ["hopper_decode", "hopper_merge"]
+    assert codes == [b"here", b"here"]

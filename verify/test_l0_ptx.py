@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
 from mla_numba import ptx  # noqa: E402
-from mla_numba.host.cubin import compile_kernel  # noqa: E402
+from mla_numba.host.compiler import compile_kernel  # noqa: E402
 from verify import ptx_kernels  # noqa: E402
 from verify.ptx_effects import EFFECTS  # noqa: E402
 

@@ -6,20 +6,18 @@ every process compiles anew.
 """
 
 import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from cuda.bindings import driver, nvjitlink
-from numba import cuda
 
+from .compiler import compile_kernels
 from .launch import KernelSpec
 
 _SOURCES = ("ptx/*.py", "kernels/*.py", "contract.py", "scheduler.py", "config.py")
@@ -49,67 +47,17 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("MLA_NUMBA_CACHE_DIR") or pathlib.Path.home() / ".cache" / "mla_numba")
 
 
-def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
-    """The cubin of a kernel for sm_90a, and the linker's report. Needs no GPU."""
-    return _link(_to_ltoir(spec))
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Numba makes millions of objects and drops few: looking for those is an eighth of its time (1.5 s of 12 for the three kernels of a
-    call, a virtual Xeon)."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _to_ltoir(spec: KernelSpec) -> bytes:
-    with _no_garbage_collection():
-        code, _ = cuda.compile(spec.kernel(), spec.types(), device=False, abi="numba", cc=(9, 0, "a"), output="ltoir",
-                               fastmath=spec.fastmath, launch_bounds=(spec.num_threads, spec.blocks_per_sm))
-    return bytes(code)
-
-
-def _link(ltoir: bytes) -> tuple[bytes, str]:
-    """By link-time optimisation, of the whole program: of one part among others, as Numba's PTX would be, nvJitLink ignores setmaxnreg
-    (C7504), keeps to 168 registers, spills and serialises every wgmma (C7509): 102 TFLOPS where this gives 606 (H200, batch 66 x
-    128 heads x 4,096 tokens).
-    """
-    options = ["-arch=sm_90a", "-lto", "-verbose"]
-    linker = nvjitlink.create(len(options), options)
-    try:
-        nvjitlink.add_data(linker, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
-        nvjitlink.complete(linker)
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
-        nvjitlink.get_linked_cubin(linker, cubin)
-        report = bytearray(nvjitlink.get_info_log_size(linker))
-        nvjitlink.get_info_log(linker, report)
-    finally:
-        nvjitlink.destroy(linker)
-    return bytes(cubin), report.rstrip(b"\0").decode()
-
-
 def load_kernels(specs: Sequence[KernelSpec], device_idx: int) -> list[Any]:
-    """The driver's handles of kernels. Of those that are not on disk Numba compiles one after the other, and what it has done is linked
-    meanwhile."""
-    with ThreadPoolExecutor() as linkers:
-        found: list[bytes | Future[tuple[bytes, str]]] = []
-        for spec in specs:
-            try:
-                found.append(_path(spec).read_bytes())
-            except OSError:
-                found.append(linkers.submit(_link, _to_ltoir(spec)))
-    handles = []
-    for spec, code in zip(specs, found, strict=True):
-        if isinstance(code, Future):
-            code, _ = code.result()
-            _keep(_path(spec), code)
-        handles.append(_load(spec, code, device_idx))
-    return handles
+    """The driver's handles of kernels; those that are not on disk are compiled."""
+    found: dict[KernelSpec, bytes] = {}
+    for spec in specs:
+        with contextlib.suppress(OSError):
+            found[spec] = _path(spec).read_bytes()
+    missing = [spec for spec in specs if spec not in found]
+    for spec, (code, _) in zip(missing, compile_kernels(missing), strict=True):
+        _keep(_path(spec), code)
+        found[spec] = code
+    return [_load(spec, found[spec], device_idx) for spec in specs]
 
 
 def _path(spec: KernelSpec) -> pathlib.Path:

@@ -74,7 +74,7 @@ def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMem
     if is_for_kernels(config):
         # Not a plan that is only looked at (flash_mla): its decode comes next.
         row_tiles, num_rows = tiles_of(config)
-        # The one that is linked soonest comes last: what is linked before it is so while Numba compiles (0.5 s of 7.9, 2-core EPYC).
+        # The first one takes as long to compile as the others (`compile_kernels`), of which the one that is linked soonest comes last.
         device.load(decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), schedule_spec(), merge_spec(shape.dtype, num_rows))
     offsets = seq_lens if cu_seqlens_q is None else cu_seqlens_q
     lengths = [word for array in (seq_lens, offsets) for word in array_words(array.pointer, array.shape, array.strides)]
