@@ -121,7 +121,7 @@ def fingerprint(arrays: Sequence[Any]) -> tuple[list[Any], list[int]] | None:
     """Words that are equal only where all is that `view` tells of the arrays but names, owners, addresses, and strides of axes of one
     element, and where addresses are aligned alike; and the addresses.
 
-    None if an array is not of torch or CuPy, or does not tell.
+    None if an array is not of torch, CuPy or Numba, or does not tell.
     """
     words: list[Any] = []
     addresses = []
@@ -137,6 +137,10 @@ def fingerprint(arrays: Sequence[Any]) -> tuple[list[Any], list[int]] | None:
                 memory = array.data
                 address = memory.ptr
                 words += kind, array.dtype, array.shape, array.strides, memory.device_id, address % 16
+            elif library == "numba":
+                memory = array.gpu_data
+                address = memory.device_pointer_value or 0
+                words += kind, array.dtype, array.shape, array.strides, memory.context.device.id, address % 16
             else:
                 return None
             addresses.append(address)
@@ -194,14 +198,15 @@ def _tensor_guards() -> Callable[[Sequence[Any]], Callable[..., bool]] | None:
 
 
 def address_of(kind: str) -> Callable[[Any], int]:
-    """The function that tells where an array of torch or CuPy begins."""
-    address: Callable[[Any], int] = methodcaller("data_ptr") if kind == "torch" else attrgetter("data.ptr")
+    """The function that tells where an array of torch, CuPy or Numba begins."""
+    address: Callable[[Any], int]
+    address = methodcaller("data_ptr") if kind == "torch" else attrgetter("data.ptr" if kind == "cupy" else "gpu_data.device_pointer_value")
     return address
 
 
 def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[[], list[Any]]:
-    """The function that makes an array of each shape and dtype, as `empty_like_kind` does, for torch and CuPy; it holds on to nothing of
-    `like`."""
+    """The function that makes an array of each shape and dtype, as `empty_like_kind` does, for torch, CuPy and Numba; it holds on to
+    nothing of `like`."""
     if like.kind == "torch":
         import torch
 
@@ -229,6 +234,16 @@ def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[
             return [empty(*kind) for kind in kinds]
 
         return new
+    if like.kind == "numba":
+        ordinal, storage_kinds = like.device, [(tuple(shape), STORAGE_DTYPE[dtype]) for shape, dtype in results]
+
+        def new_of_numba() -> list[Any]:
+            from numba import cuda
+
+            with on_device(ordinal):
+                return [cuda.device_array(*kind) for kind in storage_kinds]
+
+        return new_of_numba
     import cupy
 
     ordinal, numpy_kinds = like.device, [(tuple(shape), NUMPY_DTYPE[dtype]) for shape, dtype in results]
@@ -269,10 +284,13 @@ def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple
 
         return words
 
+    ordinal = like.device
+
     def numba_words(count: int) -> tuple[Any, int]:
         from numba import cuda
 
-        array = cuda.device_array(count, np.int32)
+        with on_device(ordinal):
+            array = cuda.device_array(count, np.int32)
         return array, 0 if cuda.config.ENABLE_CUDASIM else int(array.__cuda_array_interface__["data"][0])
 
     return numba_words
@@ -281,12 +299,8 @@ def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple
 def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
     """A new array of the library and in the place of `like`; contents undefined."""
     shape = tuple(shape)
-    if like.kind in ("torch", "cupy"):
+    if like.kind in ("torch", "cupy", "numba"):
         return allocator(like, (shape, dtype))()[0]
-    if like.kind == "numba":
-        from numba import cuda
-
-        return cuda.device_array(shape, STORAGE_DTYPE[dtype])
     if like.kind == "dlpack":
         array = like.owner[0]
         if not hasattr(array, "__array_namespace__"):
@@ -389,8 +403,9 @@ def _view_numba(array: Any, name: str) -> ArrayView:
     # Numba has no bfloat16: such arrays are uint16.
     dtype = "bfloat16" if array.dtype == np.uint16 else str(array.dtype)
     pointer = array.__cuda_array_interface__["data"][0]
-    return ArrayView(name, "numba", dtype, array.dtype.itemsize, array.shape, array.strides, pointer,
-                     cuda.current_context().device.id, True, array)
+    # The simulator's arrays have no memory of a device.
+    context = array.gpu_data.context if hasattr(array, "gpu_data") else cuda.current_context()
+    return ArrayView(name, "numba", dtype, array.dtype.itemsize, array.shape, array.strides, pointer, context.device.id, True, array)
 
 
 class _DLTensor(ctypes.Structure):

@@ -67,7 +67,17 @@ class _TorchTensor:
         return self._array.itemsize
 
 
-_CupyArray.__module__, _TorchTensor.__module__ = "cupy", "torch"
+class _NumbaArray:
+    """As Numba's: bfloat16 is uint16."""
+
+    def __init__(self, address, shape, dtype=_BF16, strides=None, device=0):
+        self._array = _CupyArray(address, shape, np.uint16 if dtype == _BF16 else dtype, strides, device)
+        self.shape, self.dtype, self.strides = shape, self._array.dtype, self._array.strides
+        self.gpu_data = SimpleNamespace(device_pointer_value=address, context=SimpleNamespace(device=self._array.device))
+        self.__cuda_array_interface__ = {"data": (address, False)}
+
+
+_CupyArray.__module__, _TorchTensor.__module__, _NumbaArray.__module__ = "cupy", "torch", "numba.cuda"
 
 
 class _TensorGuards:
@@ -87,10 +97,11 @@ class _TensorGuards:
 
 
 class _Library:
-    """A module `torch` or `cupy` whose arrays are new, one behind the other, and which has a current stream."""
+    """A module `torch` or `cupy` whose arrays are new, one behind the other, and which has a current stream; or Numba's arrays."""
 
     def __init__(self, name, guards=None):
-        self.name, self.array, self.next, self.stream = name, _TorchTensor if name == "torch" else _CupyArray, 2**32, 0
+        self.name, self.array = name, {"torch": _TorchTensor, "cupy": _CupyArray, "numba": _NumbaArray}[name]
+        self.next, self.stream = 2**32, 0
         self.module = types.ModuleType(name)
         self.module.strided = "strided"
         self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype, strides)
@@ -165,7 +176,10 @@ class _Run:
     def __init__(self, library, monkeypatch, guards=None):
         self.library = _Library(library, guards)
         self.driver = _Driver(gpu.driver)
-        monkeypatch.setitem(sys.modules, library, self.library.module)
+        if library == "numba":
+            monkeypatch.setattr("numba.cuda.device_array", self.library.new)
+        else:
+            monkeypatch.setitem(sys.modules, library, self.library.module)
         for module in (gpu, capture):
             monkeypatch.setattr(module, "driver", self.driver)
         memory = iter(range(2**40, 2**50, 2**34))
@@ -190,7 +204,8 @@ class _Run:
         monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))
         monkeypatch.setattr(gpu, "gpu", lambda device_idx: device)
         monkeypatch.setattr(hopper, "unavailable", list)
-        monkeypatch.setattr(api, "on_device", lambda device_idx: nullcontext())
+        for module in (api, arrays):
+            monkeypatch.setattr(module, "on_device", lambda device_idx: nullcontext())
         self.validated, decode_shape = 0, validate.decode_shape
 
         def counting(*arguments):
@@ -223,7 +238,7 @@ class _Run:
         return launched
 
 
-@pytest.fixture(params=["torch", "torch-guards", "cupy"])
+@pytest.fixture(params=["torch", "torch-guards", "cupy", "numba"])
 def run(request, monkeypatch):
     library, _, guards = request.param.partition("-")
     return _Run(library, monkeypatch, _TensorGuards if guards else None)
@@ -293,11 +308,11 @@ def test_a_call_without_a_plan_is_repeated_too(run, ragged):
 
 def test_tables_for_a_named_stream_are_not_the_librarys(run, monkeypatch):
     """It would give them to the next who asks on the current stream, while the named one still reads them."""
-    made = []
+    made, results = [], dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
     monkeypatch.setattr("numba.cuda.device_array", lambda count, dtype: made.append(count) or SimpleNamespace(
         __cuda_array_interface__={"data": (2**45, False)}))
     for repeats in (0, 1):
-        _, launches, _ = run(planned=False, stream=7)
+        _, launches, _ = run(planned=False, stream=7, **results)
         assert launches[0][2] == 7 and len(made) == repeats + 1 and run.validated == 1
 
 
@@ -333,7 +348,8 @@ def test_the_current_stream_is_asked_for_each_time(run):
     for stream in (0, 5, 9, 5):
         run.library.stream = stream
         _, launches, _ = run()
-        assert {launch[2] for launch in launches} == {stream}
+        # Numba has no current stream.
+        assert {launch[2] for launch in launches} == {0 if run.library.name == "numba" else stream}
     assert run.validated == 1
 
 
