@@ -108,17 +108,18 @@ def test_cache_without_pages_reads_as_zeros(page_size: int) -> None:
     np.testing.assert_allclose(lse, math.log(5), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("num_heads", "error"), [(16, 0.0), (64, 0.0), (128, 100 / 100.24 - 1)])
-def test_the_largest_weight_is_exact_with_one_row_tile(num_heads: int, error: float) -> None:
-    """It is if the maximum is its own, and P 1. In the seesaw that may lag from a piece's third step on: P is 100.24, in bfloat16 100."""
-    gap, last, rng = math.log(100.24), 6 * 64, np.random.default_rng(0)
-    q, k = (np.zeros(shape, DTYPES["bfloat16"]) for shape in ((1, 1, num_heads, 576), (7, 64, 1, 576)))
-    q[..., 0], k[..., 1:] = 1, rng.standard_normal((7, 64, 1, 575))
+@pytest.mark.parametrize(("num_heads", "num_blocks", "error"), [(16, 7, 0.0), (64, 7, 0.0), (128, 7, 0.0), (16, 33, 0.0), (64, 33, 0.0),
+                                                                (128, 33, 100 / 100.24 - 1)])
+def test_the_largest_weight_is_exact(num_heads: int, num_blocks: int, error: float) -> None:
+    """It is if the maximum is its own, and P 1. In the seesaw that may lag behind EXACT_STEPS of a piece: P is 100.24, in bfloat16 100."""
+    gap, last, rng = math.log(100.24), (num_blocks - 1) * 64, np.random.default_rng(0)
+    q, k = (np.zeros(shape, DTYPES["bfloat16"]) for shape in ((1, 1, num_heads, 576), (num_blocks, 64, 1, 576)))
+    q[..., 0], k[..., 1:] = 1, rng.standard_normal((num_blocks, 64, 1, 575))
     # The first token is the heaviest until the last one comes, the rest weigh nothing.
     k[..., 0] = -8
-    k[0, 0, 0, 0], k[6, 0, 0, 0] = 0, 1
-    out, _ = decode(q, k, np.arange(7, dtype=np.int32)[None], np.array([last + 1], np.int32), 512, gap, True, num_workers=1)
-    v = k[[0, 6], 0, 0, 1:512].astype(np.float64)
+    k[0, 0, 0, 0], k[-1, 0, 0, 0] = 0, 1
+    out, _ = decode(q, k, np.arange(num_blocks, dtype=np.int32)[None], np.array([last + 1], np.int32), 512, gap, True, num_workers=1)
+    v = k[[0, -1], 0, 0, 1:512].astype(np.float64)
     want = (v[0] + 100.24 * v[1]) / 101.24
     shares = out[0, 0, :, 1:].astype(np.float64) @ want / (want @ want) - 1
     np.testing.assert_allclose(shares, error, atol=3e-4)
