@@ -4,6 +4,8 @@ Levels: l0. Neither a GPU nor the simulator takes part.
 """
 
 import math
+import re
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -76,6 +78,13 @@ def test_property_holds(prop: Property) -> None:
     """What the suite asks of every backend, each call on a schedule of its own."""
     result = runner.run_property(emulated(), prop, "emulated", examples=runner.PROFILES["quick"].examples["emulated"], seed=0)
     assert result.status in ("passed", "not applicable"), result.message
+
+
+def test_documents_have_the_numbers_of_mutants() -> None:
+    root = Path(__file__).resolve().parents[1]
+    said = {path: re.findall(rf"{len(PLANTED)} of (?:the )?{len(MUTANTS)} |- {len(MUTANTS)} mutants", (root / path).read_text())
+            for path in ("README.md", "docs/emulator.md")}
+    assert {path: len(numbers) for path, numbers in said.items()} == {"README.md": 1, "docs/emulator.md": 2}
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(mutant, id=mutant.name.replace(" ", "-")) for mutant in PLANTED])
