@@ -8,7 +8,7 @@ Source: FlashMLA 9241ae3, flash_mla/flash_mla_interface.py; 1408756 and 414a2f3 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import validate
@@ -34,9 +34,27 @@ class FlashMLASchedMeta:
 
     have_initialized: bool = False
     config: DecodeShape | None = None
-    tile_scheduler_metadata: Any = None     # (num_sm_parts, 8) int32
-    num_splits: Any = None                  # (batch + 1,) int32
     plan: Plan | None = None
+    _seq_lens: ArrayView | None = field(default=None, repr=False)
+
+    @property
+    def tile_scheduler_metadata(self) -> Any:
+        """(num_sm_parts, 8) int32; None before the first call."""
+        return self._tables[0]
+
+    @property
+    def num_splits(self) -> Any:
+        """(batch + 1,) int32; None before the first call."""
+        return self._tables[1]
+
+    @property
+    def _tables(self) -> tuple[Any, Any]:
+        # Made for who asks, of the lengths as they are then: the calls have the plan, and another one would take the first call of each
+        # step twice as long.
+        if self.plan is None or self.config is None or self._seq_lens is None:
+            return None, None
+        with on_device(self._seq_lens.device):
+            return _metadata(self.plan.backend, self.config, self._seq_lens)
 
 
 def get_mla_metadata(cache_seqlens: Any = None, num_q_tokens_per_head_k: int | None = None, num_heads_k: int = 1,
@@ -155,9 +173,7 @@ def _fill(meta: FlashMLASchedMeta, q: Any, k_cache: Any, block_table: Any, cache
     name = choose_backend("auto", shape, lens.device, kv_view)
     with on_device(lens.device):
         meta.plan = make_plan(name, shape, lens, None, None, max_seq_len=table.shape[1] * shape.page_size)
-        meta.tile_scheduler_metadata, meta.num_splits = _metadata(name, shape, lens)
-    meta.config = shape
-    meta.have_initialized = True
+    meta.config, meta._seq_lens, meta.have_initialized = shape, lens, True
 
 
 def _metadata(name: str, shape: DecodeShape, seq_lens: ArrayView) -> tuple[Any, Any]:

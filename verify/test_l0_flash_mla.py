@@ -45,6 +45,7 @@ def test_metadata_has_flash_mlas_form():
     for epoch, (metadata, num_splits) in _epochs(1).items():
         if epoch == "today":
             assert isinstance(metadata, flash_mla.FlashMLASchedMeta) and not metadata.have_initialized and num_splits is None
+            assert metadata.tile_scheduler_metadata is None and metadata.num_splits is None
             flash_mla.flash_mla_with_kvcache(*_arguments(), metadata)
             assert metadata.have_initialized and metadata.config.num_heads_q == _HEADS
             metadata, num_splits = metadata.tile_scheduler_metadata, metadata.num_splits
@@ -60,9 +61,12 @@ def test_the_plan_is_told_what_the_table_holds(monkeypatch):
     told, make_plan = [], flash_mla.make_plan
     monkeypatch.setattr(flash_mla, "make_plan", lambda *arguments, max_seq_len=None, **overrides: told.append(max_seq_len)
                         or make_plan(*arguments, max_seq_len=max_seq_len, **overrides))
-    flash_mla.flash_mla_with_kvcache(*_arguments(), flash_mla.FlashMLASchedMeta())
-    # FlashMLA's tables show a whole request's cut, whatever it is told.
-    assert told == [5 * 64, None]
+    meta = flash_mla.FlashMLASchedMeta()
+    for _layer in range(2):
+        flash_mla.flash_mla_with_kvcache(*_arguments(), meta)
+    assert told == [5 * 64]
+    # FlashMLA's tables are another plan, for who asks: they show a whole request's cut, whatever it is told.
+    assert meta.num_splits.shape == (4,) and told == [5 * 64, None]
 
 
 def test_the_plan_is_for_a_backend_that_takes_the_cache(monkeypatch):
