@@ -235,11 +235,11 @@ def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[
 
         return new
     if like.kind == "numba":
+        from numba import cuda
+
         ordinal, storage_kinds = like.device, [(tuple(shape), STORAGE_DTYPE[dtype]) for shape, dtype in results]
 
         def new_of_numba() -> list[Any]:
-            from numba import cuda
-
             with on_device(ordinal):
                 return [cuda.device_array(*kind) for kind in storage_kinds]
 

@@ -29,7 +29,7 @@ class FlashMLASchedMeta:
     """Filled by the first `flash_mla_with_kvcache` it is given to; later calls need the same shapes and the same lengths.
 
     As in FlashMLA the lengths are not compared, so make a new one for every decoding step. Use `plan_decode` with
-    ``check_values=True`` to have them compared.
+    ``check_values=True`` to have them compared. Unlike there its tables are made for who asks, of the lengths as they are then.
     """
 
     have_initialized: bool = False
@@ -49,12 +49,11 @@ class FlashMLASchedMeta:
 
     @property
     def _tables(self) -> tuple[Any, Any]:
-        # Made for who asks, of the lengths as they are then: the calls have the plan, and another one would take the first call of each
-        # step twice as long.
-        if self.plan is None or self.config is None or self._seq_lens is None:
+        # The calls have the plan: another one, for tables that hardly anybody looks at, would be a kernel more in each step.
+        if self.plan is None or self._seq_lens is None:
             return None, None
-        with on_device(self._seq_lens.device):
-            return _metadata(self.plan.backend, self.config, self._seq_lens)
+        with on_device(self.plan.device):
+            return _metadata(self.plan.backend, self.plan.shape, self._seq_lens)
 
 
 def get_mla_metadata(cache_seqlens: Any = None, num_q_tokens_per_head_k: int | None = None, num_heads_k: int = 1,

@@ -14,9 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
-from unittest import mock
 
 if TYPE_CHECKING:
     from mla_numba.host.launch import KernelSpec
@@ -67,14 +65,13 @@ def inspect(spec: "KernelSpec") -> SassReport:
     FileNotFoundError
         There is no nvdisasm.
     """
-    from mla_numba.host.compiler import compile_kernel
+    from mla_numba.host.compiler import compile_kernel, without_gpu
 
     nvdisasm = find_tool("nvdisasm")
     if nvdisasm is None:
         raise FileNotFoundError("nvdisasm is not installed: pip install 'mla_numba[test]' brings it")
     begin = time.perf_counter()
-    # numba-cuda asks the current device for its capability when it compiles a device function, also where there is none.
-    with mock.patch("numba.cuda.dispatcher.get_current_device", return_value=SimpleNamespace(compute_capability=(9, 0))):
+    with without_gpu():
         cubin, log = compile_kernel(spec)
     seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:

@@ -303,7 +303,11 @@ def _compiled(monkeypatch, python: str) -> tuple[list[bytes], list[str]]:
     return [code for code, _ in compiler.compile_kernels(specs)], here
 
 
-def test_kernels_beside_the_first_are_compiled_by_another_process(monkeypatch):
+@pytest.mark.parametrize("at_its_start", ["", "print('hello')"])
+def test_kernels_beside_the_first_are_compiled_by_another_process(monkeypatch, tmp_path, at_its_start: str) -> None:
+    """Whatever a Python prints when it starts."""
+    (tmp_path / "sitecustomize.py").write_text(at_its_start)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     codes, here = _compiled(monkeypatch, sys.executable)
     assert here == ["hopper_decode"]
     assert codes[0] == b"here"

@@ -13,12 +13,12 @@ pytestmark = pytest.mark.l0
 if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
-import numba.cuda.dispatcher  # noqa: E402
+# After the skip: the simulator lacks what they import.
 import numpy as np  # noqa: E402
 from numba.cuda import types  # noqa: E402
 
 from mla_numba import ptx  # noqa: E402
-from mla_numba.host.compiler import compile_kernel  # noqa: E402
+from mla_numba.host.compiler import compile_kernel, without_gpu  # noqa: E402
 from verify import ptx_kernels  # noqa: E402
 from verify.ptx_effects import EFFECTS  # noqa: E402
 
@@ -32,8 +32,7 @@ ALL = {**INSTRUCTIONS, **MADE}
 
 
 def _ptx_of(kernel, *arguments, num_threads=128):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numba.cuda.dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0)))
+    with without_gpu():
         text, _ = cuda.compile(kernel, types.void(*arguments), device=False, abi="numba", cc=(9, 0, "a"), output="ptx",
                                launch_bounds=(num_threads, 1))
     return text

@@ -1,10 +1,11 @@
-"""Kernels compiled, by Numba to LTO-IR and by nvJitLink to cubins. Needs no GPU."""
+"""Kernels compiled, by Numba to LTO-IR and by nvJitLink to cubins; `without_gpu` where there is none."""
 
 import contextlib
 import gc
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,20 @@ from numba.cuda import dispatcher
 from .launch import KernelSpec
 
 # What the other process runs: it imports what this one would, and from the same places.
-_BESIDE = f"import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from {__name__} import compile_beside; compile_beside()"
+_BESIDE = (f"import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from {__name__} import compile_beside; "
+           "compile_beside(int(sys.argv[1]))")
+
+
+@contextlib.contextmanager
+def without_gpu() -> Iterator[None]:
+    """In the block Numba compiles for compute capability 9.0 without a GPU, or without a context on one: when it compiles a device function
+    it asks the current device for its capability."""
+    asked = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = asked
 
 
 def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
@@ -28,6 +42,8 @@ def compile_kernel(spec: KernelSpec) -> tuple[bytes, str]:
 def compile_kernels(specs: Sequence[KernelSpec]) -> list[tuple[bytes, str]]:
     """The same of several kernels: the first one in this process, the others in another one meanwhile, as Numba uses one core of a
     process. Where there can be no other process, all in this one."""
+    if len(specs) < 2:
+        return _compile_here(specs)
     first, rest = specs[:1], specs[1:]
     with ThreadPoolExecutor() as beside:
         others = beside.submit(_by_another_process, rest)
@@ -38,23 +54,25 @@ def compile_kernels(specs: Sequence[KernelSpec]) -> list[tuple[bytes, str]]:
 def _by_another_process(specs: Sequence[KernelSpec]) -> list[tuple[bytes, str]]:
     """What another process makes of them; nothing if there is no Python to run: a program that Python is embedded in says that it is the
     executable itself."""
-    if not specs or not Path(sys.executable or "").name.startswith("python"):
+    if not Path(sys.executable or "").name.startswith("python"):
         return []
     try:
-        process = subprocess.run([sys.executable, "-c", _BESIDE], input=pickle.dumps(sys.path) + pickle.dumps(specs),
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-        compiled: list[tuple[bytes, str]] = pickle.loads(process.stdout)
-    except Exception:
-        # It may fail, and what is no pickle of ours, as what a talkative Python prints, may raise anything.
+        # Not by its standard output, where what a Python runs when it starts may print.
+        with tempfile.TemporaryFile() as results:
+            subprocess.run([sys.executable, "-c", _BESIDE, str(results.fileno())], input=pickle.dumps(sys.path) + pickle.dumps(specs),
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, pass_fds=[results.fileno()])
+            results.seek(0)
+            compiled: list[tuple[bytes, str]] = pickle.load(results)
+    except (OSError, subprocess.SubprocessError, EOFError):
+        # There is no such program, or it fails, or is another one and writes nothing.
         return []
     return compiled
 
 
-def compile_beside() -> None:
-    """What the other process does."""
-    # numba-cuda asks the current device for its capability when it compiles a device function, which would make a context here.
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
-    pickle.dump(_compile_here(pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+def compile_beside(descriptor: int) -> None:
+    """What the other process does; its results go to the open file `descriptor`."""
+    with without_gpu(), open(descriptor, "wb") as results:
+        pickle.dump(_compile_here(pickle.load(sys.stdin.buffer)), results)
 
 
 def _compile_here(specs: Sequence[KernelSpec]) -> list[tuple[bytes, str]]:

@@ -76,7 +76,7 @@ class Gpu:
         with self._numba:
             self._context = _current_context()
         self._kernels: dict[KernelSpec, tuple[Any, list[str]]] = {}
-        # One for all who bind alike: calls that are not repeated, of Numba's arrays say, would take 0.17 ms more (H200's host).
+        # One for all who bind alike: calls that are not repeated, of DLPack's arrays say, would take 0.17 ms more (H200's host).
         self.bind = lru_cache(maxsize=_MAX_BOUND)(self._bind)
         self.unfinished: dict[int, int] = {}
         # A map follows from what it is made of: a kept one is never wrong, whatever now lies at its address.
