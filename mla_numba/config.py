@@ -55,6 +55,7 @@ class ScheduleConfig:
     overhead_blocks: int    # what starting a job costs, in KV blocks
     min_split_blocks: int   # no piece of a split job is shorter
     split_blocks: int = 0   # 0: cut where the balance wants it; else cut every job at these multiples (batch_invariant)
+    max_cut_blocks: int = 0     # under split_blocks a job of more is left whole, so that a workspace of known size suffices; 0: none is
     uncut_blocks: int = 0   # a job of no more is left whole by a worker that begins with it; scheduler.NEVER_CUT: none is cut
     merge_alone_parts: int = 8  # of a job in more pieces several thread blocks share a part of the merge,
     merge_share_parts: int = 8  # so that each has no more of them than this
@@ -64,7 +65,7 @@ class ScheduleConfig:
                      "merge_share_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("split_blocks", "uncut_blocks"):
+        for name in ("split_blocks", "max_cut_blocks", "uncut_blocks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or positive")
 

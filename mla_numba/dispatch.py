@@ -11,8 +11,9 @@ from .contract import BACKENDS
 from .errors import BackendUnavailable
 from .validate import require_choice
 
-# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. Its schedule_config may make
-# use of max_seq_len, or not. Its decode may return a `hopper.Launch`, which repeats it for arrays that lie alike; else it returns None.
+# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. Its schedule_config and its
+# make_schedule may make use of max_seq_len, or not. Its decode may return a `hopper.Launch`, which repeats it for arrays that lie alike;
+# else it returns None.
 _MODULES = {"hopper": ".host.hopper", "simt": ".host.simt", "cpu": ".host.cpu"}
 
 

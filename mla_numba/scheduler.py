@@ -11,7 +11,8 @@ at least as many remain (else it stops at the job's edge, or finishes the job). 
 job of `uncut_blocks` or fewer that it begins with it goes on to the end, as merging would take longer; with NEVER_CUT none is cut, and
 nothing to be merged: a worker takes the jobs that fit into the average, or one that does not, the last one the rest. The share is the
 least that suffices, but of long jobs it is not of one block alone; it is found by trying, from the average up, on the device by a warp
-each. Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there.
+each. Under `split_blocks` (batch_invariant) pieces end at its multiples, and every multiple ends a piece, whoever works there; but a job of
+more than `max_cut_blocks` is one piece.
 
 Against FlashMLA's scheduler: a minimum length (it cuts 1 x 4096 tokens into 64 pieces of one block), the causal mask, ragged
 queries, and time: a warp takes a step per worker, in which it looks at 32 jobs, where FlashMLA's thread takes one per request.
@@ -93,9 +94,10 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         return max(seq_len, 0)
 
     @jit
-    def piece_end(block, end_block, split_blocks):
-        """Where the piece that begins at `block` ends: at the next multiple of `split_blocks`, or where the worker stops."""
-        if split_blocks == 0:
+    def piece_end(block, end_block, split_blocks, num_parts):
+        """Where the piece that begins at `block` ends, of a job in so many: at the next multiple of `split_blocks`, or where the worker
+        stops."""
+        if split_blocks == 0 or num_parts == 1:
             return end_block
         return min(end_block, (block // split_blocks + 1) * split_blocks)
 
@@ -164,7 +166,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         return low
 
     @jit
-    def _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
+    def _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
+                    uncut_blocks):
         """Where the next worker begins, and in which job, if one begins at `begin` in `job`.
 
         Block b of a job is at axis[job] + overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again.
@@ -183,7 +186,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             stop = natural(_divide(2 * (reach - first_block) + split_blocks, 2 * split_blocks) * split_blocks)
             if begin >= edge and stop <= natural(begin - edge):
                 stop = natural(begin - edge + split_blocks)
-            takes_job = is_whole or natural(first_block + stop) >= next_edge
+            takes_job = is_whole or natural(first_block + stop) >= next_edge or next_edge > natural(first_block + max_cut_blocks)
             return (next_edge, next_job) if takes_job else (natural(edge + stop), job)
         takes_job = is_whole or natural(reach + min_split_blocks) > next_edge
         takes_none = not is_whole and reach < natural(first_block + min_split_blocks)
@@ -191,14 +194,16 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         return (edge, job) if takes_none else (stop, next_job if takes_job else job)
 
     @jit
-    def _walk(lane, share, begins, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks):
+    def _walk(lane, share, begins, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
+              uncut_blocks):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
         (num_workers,) is where each begins. All `lanes` threads go the same way, the first writes."""
         begin, job, worker, last = natural(0), natural(0), natural(0), natural(num_workers - 1)
         while worker < last:
             if lane == 0:
                 begins[worker] = begin
-            begin, job = _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks)
+            begin, job = _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
+                                     uncut_blocks)
             worker = natural(worker + 1)
         if lane == 0:
             begins[last] = begin
@@ -206,11 +211,11 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
     @jit
     def _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
-                    uncut_blocks):
+                    max_cut_blocks, uncut_blocks):
         """The row of `trials` (shares tried at a time, num_workers) with the least share in which all work fits.
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
-        candidate surely suffices."""
+        candidate surely suffices; not for a job of more than `max_cut_blocks`, which is taken whole all the same."""
         num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
         piece = 1 if axis[num_jobs] <= num_jobs * (overhead_blocks + MOST_SINGLE_BLOCKS) else 2
         if min_split_blocks < NEVER_CUT:
@@ -221,7 +226,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         while best < 0:
             if trial < num_trials:
                 fits = _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),
-                             natural(min_split_blocks), natural(split_blocks), natural(uncut_blocks))
+                             natural(min_split_blocks), natural(split_blocks), natural(max_cut_blocks), natural(uncut_blocks))
                 if lane == 0:
                     sums[trial] = fits or share >= most
             sync()  # every trial has its verdict
@@ -245,10 +250,11 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         workers[worker, BEGIN_SPLIT] = split
 
     @jit
-    def _extra_splits(begins, num_workers, axis, job, num_blocks, split_blocks):
+    def _extra_splits(begins, num_workers, axis, job, num_blocks, split_blocks, max_cut_blocks):
         """Pieces of a job beyond the first: workers that begin inside it."""
         if split_blocks > 0:
-            return natural(max(_divide(num_blocks + split_blocks - 1, split_blocks), 1) - 1)
+            multiples = _divide(num_blocks + split_blocks - 1, split_blocks)
+            return natural(max(multiples, 1) - 1 if num_blocks <= max_cut_blocks else 0)
         before = _last_within(begins, 0, num_workers - 1, axis[job])
         return natural(_last_within(begins, before, num_workers - 1, axis[job + 1] - 1) - before)
 
@@ -318,8 +324,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
     @jit
     def build(thread, num_threads, sums, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-              block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_alone_parts, merge_share_parts, jobs,
-              axis, trials, num_splits, workers, starts, merges, totals):
+              block_n, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks, uncut_blocks, merge_alone_parts,
+              merge_share_parts, jobs, axis, trials, num_splits, workers, starts, merges, totals):
         """Fill the schedule.
 
         Every thread takes a contiguous chunk of the requests, then of the jobs, then of the workers. `sums` (num_threads,) is
@@ -359,14 +365,14 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         sync()  # the axis is whole
 
         best = _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
-                           uncut_blocks)
+                           max_cut_blocks, uncut_blocks)
         begins = trials[best]
         for worker in range(thread, num_workers, num_threads):
             _begin_worker(workers, worker, begins, axis, num_jobs, split_blocks)
 
         extra = 0
         for job in range(begin, end):
-            num_splits[job] = _extra_splits(begins, num_workers, axis, job, jobs[job, JOB_NUM_BLOCKS], split_blocks)
+            num_splits[job] = _extra_splits(begins, num_workers, axis, job, jobs[job, JOB_NUM_BLOCKS], split_blocks, max_cut_blocks)
             extra += num_splits[job]
         extra, total_extra = _scan(thread, num_threads, sums, extra)
         for job in range(begin, end):

@@ -132,6 +132,19 @@ def test_batch_invariant_is_bitwise_the_same_alone_and_anywhere():
         assert_same_results(taken.rows(*_decode(taken, batch_invariant=True)), (rows[0][at], rows[1][at]), f"taking requests {order}")
 
 
+def test_a_job_of_more_than_are_cut_is_one_piece(monkeypatch):
+    chosen = cpu.schedule_config
+    monkeypatch.setattr(cpu, "schedule_config", lambda shape, **known: replace(chosen(shape, **known), split_blocks=1, max_cut_blocks=2))
+    # Blocks are of 256 tokens.
+    inputs = _deepseek(seq_lens=(700, 20, 500)).build()
+    plan = mla_numba.plan_decode(inputs.seq_lens, num_heads_q=inputs.q.shape[2], batch_invariant=True)
+    assert np.diff(plan.schedule.num_splits).tolist() == [1, 1, 2]
+    got = mla_numba.mla_decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, plan=plan, batch_invariant=True)
+    out, lse, out_bound, lse_bound = inputs.bounds()
+    assert_within("out", got[0], out, out_bound)
+    assert_within("lse", got[1], lse, lse_bound)
+
+
 def test_number_of_threads_and_splits_stays_within_the_bound():
     inputs = _deepseek(seq_lens=(3000, 20)).build()
     want_out, want_lse, out_bound, lse_bound = inputs.bounds()

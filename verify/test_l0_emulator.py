@@ -105,6 +105,17 @@ def test_healthy_kernel_gives_the_same_bits_on_every_schedule(case: tuple[MLACas
         assert_same_results(result, results[0], f"schedule {seed}")
 
 
+@pytest.mark.parametrize("num_heads", [16, 48, 128])
+def test_a_job_of_more_than_are_cut_is_one_piece(num_heads: int) -> None:
+    """Under `batch_invariant` others end at the multiples, here of two blocks."""
+    inputs = MLACase(seq_lens=(330, 70, 250), num_heads_q=num_heads, pages="shuffled").build()
+    got = decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale, inputs.causal,
+                 batch_invariant=True, device=EmulatedGpu(0, num_sms=4), split_blocks=2, max_cut_blocks=4)
+    out, lse, out_bound, lse_bound = inputs.bounds()
+    assert_within("out", got[0], out, out_bound)
+    assert_within("lse", got[1], lse, lse_bound)
+
+
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 def test_cache_without_pages_reads_as_zeros(page_size: int) -> None:
     """Whatever the table says, and where nobody but the rehearsing worker reads."""

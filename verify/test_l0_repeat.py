@@ -24,7 +24,7 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no hopper backend", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba import BackendUnavailable, Plan, StalePlanError, api, arrays, flash_mla, mla_decode, validate  # noqa: E402
+from mla_numba import BackendUnavailable, Plan, StalePlanError, api, arrays, flash_mla, mla_decode, plan_decode, validate  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import capture, gpu, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
@@ -299,8 +299,8 @@ def test_a_call_without_a_plan_is_repeated_too(run, ragged):
     assert [launch[0].partition("-")[0] for launch in launches] == ["schedule", "hopper_decode", "hopper_merge"]
     plan, decode, merge = (launch[4] for launch in launches)
     # Arrays: two owners, size, bytes of an element, address, shape, strides. Addresses of the lengths, of the offsets, of `jobs`.
-    assert (plan[4], plan[11]) == (67 * _MB, (72 if ragged else 67) * _MB) and begin < plan[30] <= run.library.next
-    assert decode[0] == plan[30] and merge[1] - merge[0] > 0
+    assert (plan[4], plan[11]) == (67 * _MB, (72 if ragged else 67) * _MB) and begin < plan[31] <= run.library.next
+    assert decode[0] == plan[31] and merge[1] - merge[0] > 0
     api._prepared_calls().clear()
     run.library.next = begin
     assert run(inputs(64 * _MB), planned=False)[1] == launches
@@ -341,6 +341,21 @@ def test_memory_and_kernels_are_made_beside_what_is_captured(run):
     # Decode and merge, partial results, counters.
     assert run.modes == 4 * [modes.CU_STREAM_CAPTURE_MODE_RELAXED]
     assert run.driver.mode == modes.CU_STREAM_CAPTURE_MODE_GLOBAL
+
+
+def test_a_batch_invariant_plan_of_a_graph_waits_for_no_length(run):
+    """Its workspace has room for requests of `max_seq_len`, and its kernel is told to cut none that is longer."""
+    active = run.driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+    run.driver.cuStreamIsCapturing = lambda stream: (0, active)
+    lens, said = run.library.inputs()["seq_lens"], dict(num_heads_q=_HEADS, batch_invariant=True, backend="hopper")
+    with pytest.raises(ValueError, match="needs a plan made with max_seq_len"):
+        plan_decode(lens, **said)
+    schedule = plan_decode(lens, max_seq_len=2100, **said).schedule
+    # 33 blocks are three pieces of 16.
+    assert schedule.num_slots == 2 * (_BATCH * 2) + 1
+    (name, _, _, _, words), = run.driver.launches
+    # Behind two arrays of lengths, seven words each, and eight numbers.
+    assert name == "schedule" and words[22:24] == (16, 33)
 
 
 def test_the_current_stream_is_asked_for_each_time(run):

@@ -67,10 +67,11 @@ def _pieces(schedule):
     for worker, row in enumerate(schedule.workers):
         split = row[BEGIN_SPLIT]
         for job in range(row[BEGIN_JOB], row[END_JOB] + 1):
+            num_parts = schedule.num_splits[job + 1] - schedule.num_splits[job]
             block = row[BEGIN_BLOCK] if job == row[BEGIN_JOB] else 0
             end = row[END_BLOCK] if job == row[END_JOB] else schedule.jobs[job, JOB_NUM_BLOCKS]
             while True:
-                stop = _scheduler.piece_end(block, end, schedule.config.split_blocks)
+                stop = _scheduler.piece_end(block, end, schedule.config.split_blocks, num_parts)
                 found.setdefault(job, []).append((int(block), int(stop), int(split), worker))
                 split, block = split + 1, stop
                 if block >= end:
@@ -90,6 +91,9 @@ def _check(schedule, shape):
         assert walked[0][0] == 0 and walked[-1][1] == num_blocks
         assert all(before[1] == after[0] for before, after in zip(walked, walked[1:], strict=False))
         assert num_blocks == 0 or all(begin < end for begin, end, _, _ in walked)
+        if config.split_blocks:
+            is_cut = config.split_blocks < num_blocks <= (config.max_cut_blocks or NEVER_CUT)
+            assert len(walked) == (ceil_div(num_blocks, config.split_blocks) if is_cut else 1)
         if len(walked) > 1:
             if config.split_blocks:
                 assert all(begin % config.split_blocks == 0 for begin, _, _, _ in walked)
@@ -150,8 +154,8 @@ def problems(draw):
     causal = draw(st.booleans(), label="causal")
     q_lens = draw(st.one_of(st.sampled_from([1, 2, 5]), st.lists(st.integers(0, 4), min_size=batch, max_size=batch)), label="q_lens")
     choices = dict(rows_per_job=[16, 64, 128], block_n=[32, 64], num_workers=[1, 2, 7, 66, 132], overhead_blocks=[1, 5],
-                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], uncut_blocks=[0, 5, NEVER_CUT],
-                   merge_alone_parts=[8, 8, 1], merge_share_parts=[8, 4, 2, 1, 3])
+                   min_split_blocks=[1, 4, 8], split_blocks=[0, 0, 0, 5, 16], max_cut_blocks=[0, 0, 1, 20, 200],
+                   uncut_blocks=[0, 5, NEVER_CUT], merge_alone_parts=[8, 8, 1], merge_share_parts=[8, 4, 2, 1, 3])
     config = ScheduleConfig(**{name: draw(st.sampled_from(values), label=name) for name, values in choices.items()})
     if isinstance(q_lens, list):
         cu_seqlens_q = _int32(np.cumsum([0, *q_lens]))
@@ -169,6 +173,7 @@ def test_pieces_tile_every_job_and_fit_the_workspace(problem):
 def test_workers_finish_together(problem):
     """No worker's cost exceeds the average by more than the restarts and the minimum piece allow."""
     config, shape, lens, cu_seqlens_q = problem
+    config = replace(config, max_cut_blocks=0)
     schedule = make_host_schedule(config, shape, lens, cu_seqlens_q)
     num_jobs = int(schedule.totals[TOTAL_JOBS])
     total = int(schedule.jobs[:num_jobs, JOB_NUM_BLOCKS].sum()) + num_jobs * config.overhead_blocks
@@ -336,7 +341,7 @@ def test_device_builds_what_shared_memory_does_not_hold(batch, num_workers):
 
 def _assert_simulated(config, shape, lens, cu_seqlens_q):
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
-    device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0))
+    device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0), None)
     assert_same_tables(lambda name: device.table(name).copy_to_host(), host)
 
 

@@ -131,14 +131,19 @@ def test_config_names_the_broken_rule(changes, rule):
         SimtConfig(**{**values, **changes})
 
 
-def _decode(case, num_workers=None, **knobs):
+def _plan(case, **knobs):
+    inputs = case.build()
+    return mla_numba.plan_decode(
+        inputs.seq_lens, num_heads_q=case.num_heads_q, seq_len_q=case.seq_len_q, num_heads_kv=case.num_heads_kv, page_size=case.page_size,
+        head_dim_qk=case.head_dim_qk, head_dim_v=case.head_dim_v, dtype=case.dtype, causal=case.causal, cu_seqlens_q=inputs.cu_seqlens_q,
+        backend="simt", **knobs)
+
+
+def _decode(case, num_workers=None, max_seq_len=None, **knobs):
     inputs = case.build()
     plan = None
-    if num_workers is not None:
-        plan = mla_numba.plan_decode(
-            inputs.seq_lens, num_heads_q=case.num_heads_q, seq_len_q=case.seq_len_q, num_heads_kv=case.num_heads_kv,
-            page_size=case.page_size, head_dim_qk=case.head_dim_qk, head_dim_v=case.head_dim_v, dtype=case.dtype, causal=case.causal,
-            cu_seqlens_q=inputs.cu_seqlens_q, backend="simt", num_workers=num_workers, **knobs)
+    if num_workers is not None or max_seq_len is not None:
+        plan = _plan(case, num_workers=num_workers, max_seq_len=max_seq_len, **knobs)
     return mla_numba.mla_decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, head_dim_v=case.head_dim_v, plan=plan,
                                 causal=case.causal, cu_seqlens_q=inputs.cu_seqlens_q, backend="simt", **knobs)
 
@@ -187,6 +192,17 @@ class TestInSimulator:
         alone = mla_numba.mla_decode(first.q, first.kv_cache, first.block_table, first.seq_lens, head_dim_v=case.head_dim_v, backend="simt",
                                      batch_invariant=True)
         assert_same_results(alone, (got[0][:1], got[1][:1]), "the rest of the batch")
+
+    def test_a_plan_of_a_graph_does_not_wait_for_the_lengths(self, monkeypatch):
+        """Its workspace suffices for requests of `max_seq_len`; longer ones are cut nowhere."""
+        monkeypatch.setattr("mla_numba.host.schedule._is_capturing", lambda stream: True)
+        case = MLACase(seq_lens=(21, 3, 17, 0, 16), num_heads_q=2, values="falling", **TINY)
+        schedule = _plan(case, batch_invariant=True, max_seq_len=17).schedule
+        # Pieces are of 8 tokens here, and of 17 there are 3; two places for each beyond the first one of a job, and one for a rehearsal.
+        assert np.diff(schedule.num_splits.copy_to_host()).tolist() == [1, 1, 3, 1, 2] and schedule.num_slots == 5 * 2 * 2 + 1
+        _check(case, _decode(case, batch_invariant=True, max_seq_len=17))
+        with pytest.raises(ValueError, match="batch_invariant=True in a CUDA graph needs a plan made with max_seq_len"):
+            _plan(case, batch_invariant=True)
 
     @pytest.mark.parametrize("page", [-1, 2, 2147480000])
     def test_bad_page_reads_zeros(self, page):

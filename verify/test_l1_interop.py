@@ -175,6 +175,40 @@ def test_graph_plans_anew_at_each_replay(planned, same_stream):
         assert (out == expected_out).all() and (lse == expected_lse).all(), seq_lens
 
 
+def test_graph_plans_a_batch_invariant_step_anew():
+    """As eager calls cut it, up to the longest request that the plan was told of; a longer one is attended all the same."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    rng, max_seq_len, max_pages = np.random.default_rng(0), 3000, 80
+    q, cache = (_to_torch(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
+                for shape in ((3, 1, 128, 576), (3 * max_pages, 64, 1, 576)))
+    tensors = dict(q=q, kv_cache=cache, block_table=_to_torch(rng.permutation(3 * max_pages).reshape(3, max_pages).astype(np.int32)),
+                   seq_lens=_to_torch(np.array([3000, 0, 1024], np.int32)), batch_invariant=True)
+
+    def step():
+        plan = plan_decode(tensors["seq_lens"], num_heads_q=128, batch_invariant=True, max_seq_len=max_seq_len)
+        return mla_decode(**tensors, plan=plan)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(ValueError, match="needs a plan made with max_seq_len"):
+            mla_decode(**tensors)
+        captured = step()
+    for seq_lens in ([3000, 0, 1024], [1025, 2999, 64], [3000, 3000, 3000], [5120, 5, 2000], [0, 4000, 5120], [7, 0, 2048]):
+        tensors["seq_lens"].copy_(torch.tensor(seq_lens))
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        for result, expected in zip(captured, mla_decode(**tensors), strict=True):
+            for request, seq_len in enumerate(seq_lens):
+                if seq_len <= max_seq_len:
+                    assert (result[request] == expected[request]).all(), (seq_lens, request)
+                else:
+                    # 2^-8 is bfloat16's rounding, for values below 1.
+                    torch.testing.assert_close(result[request], expected[request], rtol=2 ** -7, atol=2 ** -9)
+
+
 def test_torch_tensors_are_told_at_once():
     torch = pytest.importorskip("torch")
 

@@ -24,7 +24,7 @@ def _new_words(count):
 
 def _check(config, shape, lens, cu_seqlens_q):
     on_device = [None if array is None else view(cuda.to_device(array), "lengths") for array in (lens, cu_seqlens_q)]
-    device = hopper.make_schedule(config, shape, *on_device, 0, _new_words)
+    device = hopper.make_schedule(config, shape, *on_device, 0, _new_words, None)
     assert_same_tables(lambda name: device.table(name).copy_to_host(), make_host_schedule(config, shape, lens, cu_seqlens_q))
 
 

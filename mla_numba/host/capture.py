@@ -1,4 +1,4 @@
-"""What is made while a caller's stream is being captured, but for later calls, too."""
+"""Streams that are being captured: which are, and what is made meanwhile, but for later calls, too."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +6,13 @@ from collections.abc import Iterator
 from cuda.bindings import driver
 
 from .cubin import checked
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether what goes to the stream now becomes part of a CUDA graph."""
+    # The default stream may not even be asked while another one is captured.
+    error, status = driver.cuStreamIsCapturing(driver.CUstream(stream))
+    return bool(error == driver.CUresult.CUDA_SUCCESS and status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
 @contextlib.contextmanager

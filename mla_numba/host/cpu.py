@@ -69,7 +69,7 @@ def schedule_config(shape: DecodeShape, max_seq_len: int | None = None) -> Sched
 
 
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None,
-                  stream: int, new_words: NewWords) -> Schedule:
+                  stream: int, new_words: NewWords, max_seq_len: int | None) -> Schedule:
     return make_host_schedule(config, shape, seq_lens, cu_seqlens_q)
 
 

@@ -67,7 +67,7 @@ def unsupported_layout(kv_cache: ArrayMemory) -> list[str]:
 
 
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMemory, cu_seqlens_q: ArrayMemory | None, stream: int,
-                  new_words: NewWords) -> Schedule:
+                  new_words: NewWords, max_seq_len: int | None) -> Schedule:
     from .gpu import gpu
 
     device = gpu(seq_lens.device or 0)
@@ -83,9 +83,9 @@ def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMem
         tables = [word for name, (_, size) in schedule.places.items()
                   for word in array_words(schedule.addresses[name], size, _int32_strides(size))]
         with _launch_lock:
-            device.launch(schedule_spec(), (1, 1, 1), stream, *lengths, *build_arguments(config, shape), *tables)
+            device.launch(schedule_spec(), (1, 1, 1), stream, *lengths, *build_arguments(schedule.config, shape), *tables)
 
-    return make_device_schedule(config, shape, new_words, build, stream)
+    return make_device_schedule(config, shape, new_words, build, stream, max_seq_len)
 
 
 @lru_cache(maxsize=_MAX_KEPT)

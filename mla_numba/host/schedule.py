@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from numba import cuda
 
 from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..scheduler import (
@@ -58,8 +59,6 @@ class Schedule:
         begin, shape = self.places[name]
         memory = self.memory
         if not isinstance(memory, np.ndarray) and not hasattr(memory, "copy_to_host"):
-            from numba import cuda
-
             memory = cuda.as_cuda_array(memory)
         return memory[begin:begin + math.prod(shape)].reshape(shape)
 
@@ -87,8 +86,8 @@ def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ..
     # Chosen here, not there: the compiler chose anew in each step of the walk, and plans took 24% longer (H200).
     min_split_blocks = NEVER_CUT if _cuts_nothing(config) else config.min_split_blocks
     return (shape.seq_len_q, shape.total_q, shape.heads_per_kv, shape.causal, config.rows_per_job, config.block_n,
-            config.overhead_blocks, min_split_blocks, config.split_blocks, config.uncut_blocks, config.merge_alone_parts,
-            config.merge_share_parts)
+            config.overhead_blocks, min_split_blocks, config.split_blocks, config.max_cut_blocks or NEVER_CUT, config.uncut_blocks,
+            config.merge_alone_parts, config.merge_share_parts)
 
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
@@ -102,19 +101,36 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     return replace(schedule, num_slots=num_partial_slots(int(schedule.totals[TOTAL_EXTRA_SPLITS])))
 
 
+def _is_capturing(stream: int) -> bool:
+    # The bindings of the driver are imported only where there is one.
+    if cuda.config.ENABLE_CUDASIM:
+        return False
+    from .capture import is_capturing
+
+    return is_capturing(stream)
+
+
 def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: NewWords, build: Callable[[Schedule], None],
-                         stream: int) -> Schedule:
+                         stream: int, max_seq_len: int | None) -> Schedule:
     """Filled by `build`, a small kernel on `stream`; the host never sees the lengths, except that `batch_invariant` reads one integer back.
 
-    There the number of pieces follows from the lengths and not from the number of workers, and the workspace must hold them.
+    There the number of pieces follows from the lengths and not from the number of workers, and the workspace must hold them. Of a CUDA
+    graph, whose lengths are not there yet, it must hold as many as requests of `max_seq_len` have.
     """
+    if config.split_blocks > 0 and _is_capturing(stream):
+        if max_seq_len is None:
+            raise ValueError("batch_invariant=True in a CUDA graph needs a plan made with max_seq_len, got none: the workspace must "
+                             "suffice for the lengths of every replay")
+        config = replace(config, max_cut_blocks=max(ceil_div(max_seq_len, config.block_n), 1))
     places, num_words = _layout(config, shape)
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
     extra_splits = 0 if _cuts_nothing(config) else config.num_workers - 1
+    if config.split_blocks > 0 and config.max_cut_blocks > 0:
+        extra_splits = config.max_jobs(shape) * (ceil_div(config.max_cut_blocks, config.split_blocks) - 1)
     schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits))
     build(schedule)
-    if config.split_blocks > 0:
+    if config.split_blocks > 0 and config.max_cut_blocks == 0:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
         schedule = replace(schedule, num_slots=num_partial_slots(extra_splits))
     return schedule

@@ -104,15 +104,15 @@ def schedule_config(shape: DecodeShape, max_seq_len: int | None = None) -> Sched
 
 
 def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: Any, cu_seqlens_q: Any | None, stream: int,
-                  new_words: NewWords) -> Schedule:
+                  new_words: NewWords, max_seq_len: int | None) -> Schedule:
     from ..kernels.schedule import NUM_THREADS, build_schedule
 
     def build(schedule: Schedule) -> None:
         configured(build_schedule, 1, NUM_THREADS, numba_stream(stream))(
-            seq_lens, seq_lens if cu_seqlens_q is None else cu_seqlens_q, *build_arguments(config, shape),
+            seq_lens, seq_lens if cu_seqlens_q is None else cu_seqlens_q, *build_arguments(schedule.config, shape),
             *map(schedule.table, schedule.places))
 
-    return make_device_schedule(config, shape, new_words, build, stream)
+    return make_device_schedule(config, shape, new_words, build, stream, max_seq_len)
 
 
 def _compile(function: Any, signature: Any, **options: Any) -> Any:

@@ -196,15 +196,16 @@ def _walk(worker, sgemm, jobs, num_splits, q, kv_flat, kv_origin, kv_cache, bloc
         num_tokens = _visible_tokens(job[JOB_SEQ_LEN], job[JOB_Q_LEN], last_row // heads_per_kv, causal)
         block = worker[BEGIN_BLOCK] if job_idx == worker[BEGIN_JOB] else 0
         end_block = worker[END_BLOCK] if job_idx == worker[END_JOB] else job[JOB_NUM_BLOCKS]
+        num_parts = num_splits[job_idx + 1] - num_splits[job_idx]
         q_tile, o_tile = q_buffer[:num_rows], o_buffer[:num_rows]
         while True:
-            stop = _piece_end(block, end_block, split_blocks)
+            stop = _piece_end(block, end_block, split_blocks, num_parts)
             for kv_head in range(num_heads_kv):
                 _load_q(q, job, heads_per_kv, kv_head, dtype, q_tile)
                 _attend(sgemm, kv_flat, kv_origin, kv_cache, block_table[job[JOB_REQUEST]], job, heads_per_kv, kv_head,
                         block * block_n, min(stop * block_n, num_tokens), block_n, causal, scale_log2, dtype,
                         q_tile, kv_buffer, s_buffer, o_tile, lse2)
-                if num_splits[job_idx + 1] - num_splits[job_idx] == 1:
+                if num_parts == 1:
                     for r in range(num_rows):
                         _store_row(o_tile[r], lse2[r], job, heads_per_kv, kv_head, r, dtype, empty_lse, out, lse)
                 else:

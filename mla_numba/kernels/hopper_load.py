@@ -19,6 +19,7 @@ from ..scheduler import (
     END_JOB,
     JOB_COLUMNS,
     JOB_NUM_BLOCKS,
+    JOB_NUM_PARTS,
     JOB_Q_BATCH,
     JOB_Q_BEGIN,
     JOB_Q_LEN,
@@ -221,9 +222,9 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             ptx.mbarrier_arrive_expect_tx(base + u32(Q_FULL_SMEM), u32(NUM_TILES * Q_TILE_BYTES) if num_blocks > 0 else u32(0))
 
     @inline
-    def piece_end(block, end_block, split_blocks):
+    def piece_end(block, end_block, split_blocks, job):
         """`scheduler.piece_end` in 32 bits: the shared one's sums are of 64 here, and the registers are 40."""
-        if split_blocks == 0:
+        if split_blocks == 0 or column(job, JOB_NUM_PARTS) == 1:
             return end_block
         return min(end_block, i32((u32(block) // u32(split_blocks) + u32(1)) * u32(split_blocks)))
 
@@ -265,7 +266,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
             # A block of a cluster goes along wherever one of them has rows.
             more = i32(row_begin + (tile_idx() & i32(-CLUSTER_SIZE)) * BLOCK_M) < num_rows or column(job, JOB_REQUEST) == i32(REHEARSAL)
             while more:
-                stop = piece_end(block, end_block, tables.split_blocks)
+                stop = piece_end(block, end_block, tables.split_blocks, job)
                 begin = block
                 # Q first, as it needs no page ids, if its place is free or there are no blocks: it is as long on its way as a block of K.
                 # Else when K's buffers, free before it, are on their way.

@@ -35,8 +35,8 @@ _build = _scheduler.build
 
 @cuda.jit
 def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job, block_n, overhead_blocks,
-                   min_split_blocks, split_blocks, uncut_blocks, merge_alone_parts, merge_share_parts, jobs, axis, trials, num_splits,
-                   workers, starts, merges, totals):
+                   min_split_blocks, split_blocks, max_cut_blocks, uncut_blocks, merge_alone_parts, merge_share_parts, jobs, axis, trials,
+                   num_splits, workers, starts, merges, totals):
     """Fill the schedule (see `scheduler.build`). Grid 1, block NUM_THREADS."""
     sums_smem = cuda.shared.array(NUM_THREADS, int32)
     axis_smem = cuda.shared.array(AXIS_SMEM, int32)
@@ -46,15 +46,15 @@ def build_schedule(seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, cau
     if workers.shape[0] <= WORKERS_SMEM:
         trials = trials_smem
     _build(cuda.threadIdx.x, NUM_THREADS, sums_smem, seq_lens, cu_seqlens_q, seq_len_q, total_q, heads_per_kv, causal, rows_per_job,
-           block_n, overhead_blocks, min_split_blocks, split_blocks, uncut_blocks, merge_alone_parts, merge_share_parts, jobs, axis,
-           trials, num_splits, workers, starts, merges, totals)
+           block_n, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks, uncut_blocks, merge_alone_parts, merge_share_parts,
+           jobs, axis, trials, num_splits, workers, starts, merges, totals)
 
 
 def schedule_signature() -> types.Type:
     """Types of the kernel's arguments, in the order of `build_schedule`'s."""
     lengths = types.Array(types.int32, 1, "A")
     jobs, axis, trials, num_splits, workers, starts, merges, totals = (types.Array(types.int32, n, "C") for n in (2, 1, 2, 1, 2, 2, 2, 1))
-    return types.void(lengths, lengths, *[types.int64] * 12, jobs, axis, trials, num_splits, workers, starts, merges, totals)
+    return types.void(lengths, lengths, *[types.int64] * 13, jobs, axis, trials, num_splits, workers, starts, merges, totals)
 
 
 def make_schedule_kernel() -> Callable[..., None]:

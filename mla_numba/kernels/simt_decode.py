@@ -467,7 +467,8 @@ def make_decode_kernel(config: SimtConfig) -> Callable[..., None]:
             # One piece of the job, unless batch_invariant cuts it at fixed blocks; a job without tokens is one empty piece.
             while True:
                 end_block = workers[worker, END_BLOCK] if job == workers[worker, END_JOB] else jobs[job, JOB_NUM_BLOCKS]
-                stop = piece_end(block, end_block, split_blocks)
+                num_parts = num_splits[job + 1] - num_splits[job]
+                stop = piece_end(block, end_block, split_blocks, num_parts)
                 request, seq_len, q_len = jobs[job, JOB_REQUEST], jobs[job, JOB_SEQ_LEN], jobs[job, JOB_Q_LEN]
                 job_row = jobs[job, JOB_ROW_BEGIN] + softmax_row
                 visible = 0
@@ -498,7 +499,7 @@ def make_decode_kernel(config: SimtConfig) -> Callable[..., None]:
                     cuda.syncthreads()  # the next k_smem is whole
                     block += 1
 
-                slot = slot_of(num_splits, job, split) if num_splits[job + 1] - num_splits[job] > 1 else -1
+                slot = slot_of(num_splits, job, split) if num_parts > 1 else -1
                 store_lse(smem, tid, jobs, job, kv_head, heads_per_kv, slot, sees_any, row_max, row_sum, lse, lse2_partial, empty_lse)
                 store_o(smem, o_rmem, warp_idx, lane_idx, first_row, first_column, jobs, job, kv_head, heads_per_kv, slot, out, o_partial)
                 split += 1
