@@ -459,7 +459,9 @@ def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_
     """
     module: ModuleType = backend_module(name)
     changes: dict[str, Any] = {field_name: value for field_name, value in overrides.items() if value is not None}
-    config = replace(module.schedule_config(shape, max_seq_len=max_seq_len), **changes)
+    config = module.schedule_config(shape, max_seq_len=max_seq_len)
+    if changes:
+        config = replace(config, **changes)
     # What torch and CuPy are given back they give to the next who asks on the stream that was current, and on no other one.
     new_words = device_words(like, by_its_library=stream is None)
 

@@ -1,6 +1,7 @@
 """Which backend runs a call: the first that can, or the one asked for; with reasons when none does."""
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 from numba import cuda
@@ -17,6 +18,7 @@ from .validate import require_choice
 _MODULES = {"hopper": ".host.hopper", "simt": ".host.simt", "cpu": ".host.cpu"}
 
 
+@cache
 def backend_module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)
 

@@ -6,6 +6,7 @@ longest request. The rest is `scheduler`'s. Times are an H200's.
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from numba import cuda
@@ -76,8 +77,11 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
 
 def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs; no request has more than `max_seq_len` tokens, if that is known."""
-    if num_sms is None:
-        num_sms = cuda.get_current_device().MULTIPROCESSOR_COUNT
+    return _config_of(shape, cuda.get_current_device().MULTIPROCESSOR_COUNT if num_sms is None else num_sms, max_seq_len)
+
+
+@lru_cache(maxsize=256)
+def _config_of(shape: DecodeShape, num_sms: int, max_seq_len: int | None) -> ScheduleConfig:
     # How many rows the requests of a ragged batch have is not known, nor into how many jobs they come apart.
     num_blocks = None if max_seq_len is None or shape.ragged else ceil_div(max_seq_len, BLOCK_N)
     rows_per_job, team = _job_size(shape, num_sms, num_blocks)
