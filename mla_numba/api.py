@@ -93,8 +93,8 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
     max_seq_len : int, optional
         No request has more tokens. Without it nobody on the host knows, as lengths on a device are read there; with it short calls are cut
         in a way that suits them (up to 40% less time with `hopper`). A longer request is attended all the same, if not as fast (told 512 or
-        less, maybe by one worker alone), and the result differs by rounding only. While a CUDA graph is captured a batch-invariant plan needs
-        it, and the workspace is sized by it.
+        less, maybe by one worker alone), and the result differs by rounding only. While a CUDA graph is captured a batch-invariant plan
+        needs it, and the workspace is sized by it.
 
     Returns
     -------

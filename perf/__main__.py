@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", choices=cases.SUITES, help="default: quick on a GPU, cpu without one")
     run.add_argument("--case", action="append", metavar="NAME", help="a case, or any shape so named, instead; may be given again")
     run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    run.add_argument("--peers", metavar="A,B", help="peers to measure beside it, or folders of other checkouts (with a slash), or none; "
-                     "default: all peers that can be imported")
+    run.add_argument("--peers", metavar="A,B", help="peers to measure beside it, folders of other checkouts (with a slash), "
+                     "invariant (this one under batch_invariant), or none; default: all peers that can be imported")
     run.add_argument("--samples", type=int, default=MIN_SAMPLES, help="of each contender and case (%(default)s, and no fewer)")
     run.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="begin no case after them")
     run.add_argument("--out", type=Path, metavar="FILE", help="default: perf/results/DEVICE-SUITE-TIME.json")

@@ -22,6 +22,7 @@ from perf.inputs import Inputs, make_inputs
 from perf.peers import CPU_PEERS, GPU_PEERS, PEERS, Peer
 from perf.peers.base import one_line
 from perf.peers.checkout import Checkout
+from perf.peers.invariant import Invariant
 from perf.timer import MIN_SAMPLES, Call, CudaTimer, HostTimer, Timer, first_call, host_us, interleave, spread
 
 # A peer that takes longer on a GPU, or on a CPU, is left out: twenty samples of it would be the run.
@@ -90,8 +91,8 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
     Parameters
     ----------
     peer_names : sequence of str, optional
-        Peers' names, and folders of other checkouts of this repository, which have a slash. Default: all peers that take arrays of the
-        backend's place.
+        Peers' names, folders of other checkouts of this repository, which have a slash, and "invariant", this one under `batch_invariant`.
+        Default: all other implementations that take arrays of the backend's place.
 
     Raises
     ------
@@ -109,11 +110,13 @@ def start(backend: str = "auto", peer_names: Sequence[str] | None = None, sample
     if samples < MIN_SAMPLES:
         raise ValueError(f"samples={samples} must be at least {MIN_SAMPLES}: p10 and p90 of fewer mean nothing")
     names = (CPU_PEERS if backend == "cpu" else GPU_PEERS) if peer_names is None else peer_names
-    unknown = [name for name in names if name not in PEERS and "/" not in name]
+    known = [*PEERS, Invariant.name]
+    unknown = [name for name in names if name not in known and "/" not in name]
     if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}, and folders of other checkouts, with a slash")
+        raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(known)}, and folders of other checkouts, with a slash")
     library = "numpy" if backend == "cpu" else "torch" if _torch_with_gpu() else "numba"
-    peers = [PEERS[name] if name in PEERS else Checkout(name, backend, library) for name in names]
+    ours = {Invariant.name: Invariant(backend, library)}
+    peers = [PEERS.get(name) or ours.get(name) or Checkout(name, backend, library) for name in names]
     repeated = [name for name, count in Counter([OURS, UNPLANNED, *(peer.name for peer in peers)]).items() if count > 1]
     if repeated:
         raise ValueError(f"more than one contender would be called {', '.join(repeated)}; a checkout's name is its folder's")

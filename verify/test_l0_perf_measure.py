@@ -465,6 +465,16 @@ def test_command_line_lists_and_refuses(capsys, tmp_path):
     assert "argument --lens: 'a,b' must be integers" in capsys.readouterr().err
 
 
+def test_this_package_under_batch_invariant_is_a_peer(monkeypatch):
+    knobs, decode = [], mla_numba.mla_decode
+    monkeypatch.setattr(mla_numba, "mla_decode", lambda *arrays, **options: knobs.append(options) or decode(*arrays, **options))
+    run = measure.start("cpu", ["invariant"])
+    row = measure.measure_case(run, SMALL, LIMITS)
+    assert row["peers_us"]["invariant"] > 0 and 0 < row["peers_rel_err"]["invariant"] < 0.01
+    assert {(options.get("batch_invariant", False), options["plan"].shape.batch_invariant) for options in knobs} == {
+        (False, False), (True, True)}
+
+
 # Another checkout
 
 def copy_package(folder):
