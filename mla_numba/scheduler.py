@@ -25,6 +25,7 @@ Invariants (verify/test_l0_scheduler.py; names after FlashMLA 9241ae3, get_decod
 num_jobs + num_workers - 1 pieces in all (without `split_blocks`); idle workers have begin_job == num_jobs.
 """
 
+from collections import namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,8 @@ TOTAL_JOBS, TOTAL_EXTRA_SPLITS, TOTAL_MERGES = range(3)
 NUM_TOTALS = 3
 # An `uncut_blocks` that no job has, of no effect under `split_blocks`, and with it a `min_split_blocks`; sums stay below 2**32.
 NEVER_CUT = 2**30
+# How work is cut: of `config.ScheduleConfig` what a step of the walk looks at.
+Cut = namedtuple("Cut", "overhead_blocks min_split_blocks split_blocks max_cut_blocks uncut_blocks")
 # Shares that are tried at a time.
 MAX_TRIALS = 16
 # No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
@@ -166,19 +169,18 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         return low
 
     @jit
-    def _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
-                    uncut_blocks):
+    def _next_begin(begin, job, share, axis, num_jobs, cut):
         """Where the next worker begins, and in which job, if one begins at `begin` in `job`.
 
-        Block b of a job is at axis[job] + overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again.
+        Block b of a job is at axis[job] + cut.overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again.
         Workers wait for each other here, 0.15 to 0.2 us each: half of a plan's time, more or less (H200)."""
         reach = natural(begin + share)
         job = _advance(axis, job, num_jobs, reach)
         next_job = min(natural(job + 1), num_jobs)
         edge, next_edge = natural(axis[job]), natural(axis[next_job])
-        first_block = natural(edge + overhead_blocks)
+        first_block, split_blocks = natural(edge + cut.overhead_blocks), cut.split_blocks
         # The work may end here; then both edges are the same.
-        is_whole = begin == edge and next_edge <= natural(first_block + uncut_blocks)
+        is_whole = begin == edge and next_edge <= natural(first_block + cut.uncut_blocks)
         if split_blocks > 0:
             if reach <= first_block:
                 return edge, job
@@ -186,47 +188,45 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             stop = natural(_divide(2 * (reach - first_block) + split_blocks, 2 * split_blocks) * split_blocks)
             if begin >= edge and stop <= natural(begin - edge):
                 stop = natural(begin - edge + split_blocks)
-            takes_job = is_whole or natural(first_block + stop) >= next_edge or next_edge > natural(first_block + max_cut_blocks)
+            takes_job = is_whole or natural(first_block + stop) >= next_edge or next_edge > natural(first_block + cut.max_cut_blocks)
             return (next_edge, next_job) if takes_job else (natural(edge + stop), job)
-        takes_job = is_whole or natural(reach + min_split_blocks) > next_edge
-        takes_none = not is_whole and reach < natural(first_block + min_split_blocks)
-        stop = next_edge if takes_job else natural(reach - overhead_blocks)
+        takes_job = is_whole or natural(reach + cut.min_split_blocks) > next_edge
+        takes_none = not is_whole and reach < natural(first_block + cut.min_split_blocks)
+        stop = next_edge if takes_job else natural(reach - cut.overhead_blocks)
         return (edge, job) if takes_none else (stop, next_job if takes_job else job)
 
     @jit
-    def _walk(lane, share, begins, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
-              uncut_blocks):
+    def _walk(lane, share, begins, num_workers, axis, num_jobs, cut):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
         (num_workers,) is where each begins. All `lanes` threads go the same way, the first writes."""
         begin, job, worker, last = natural(0), natural(0), natural(0), natural(num_workers - 1)
         while worker < last:
             if lane == 0:
                 begins[worker] = begin
-            begin, job = _next_begin(begin, job, share, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks,
-                                     uncut_blocks)
+            begin, job = _next_begin(begin, job, share, axis, num_jobs, cut)
             worker = natural(worker + 1)
         if lane == 0:
             begins[last] = begin
-        return natural(begin + share) >= natural(axis[num_jobs]) or min_split_blocks >= NEVER_CUT
+        return natural(begin + share) >= natural(axis[num_jobs]) or cut.min_split_blocks >= NEVER_CUT
 
     @jit
-    def _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
-                    max_cut_blocks, uncut_blocks):
+    def _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, cut):
         """The row of `trials` (shares tried at a time, num_workers) with the least share in which all work fits.
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
         candidate surely suffices; not for a job of more than `max_cut_blocks`, which is taken whole all the same."""
         num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
-        piece = 1 if axis[num_jobs] <= num_jobs * (overhead_blocks + MOST_SINGLE_BLOCKS) else 2
-        if min_split_blocks < NEVER_CUT:
-            piece = max(min_split_blocks, piece)
-        least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), natural(overhead_blocks + piece))
-        most = least + 2 * overhead_blocks + max(min_split_blocks, split_blocks, uncut_blocks)
+        piece = 1 if axis[num_jobs] <= num_jobs * (cut.overhead_blocks + MOST_SINGLE_BLOCKS) else 2
+        if cut.min_split_blocks < NEVER_CUT:
+            piece = max(cut.min_split_blocks, piece)
+        least = max(_divide(axis[num_jobs] + num_workers - 1, num_workers), natural(cut.overhead_blocks + piece))
+        most = least + 2 * cut.overhead_blocks + max(cut.min_split_blocks, cut.split_blocks, cut.uncut_blocks)
+        cut = Cut(natural(cut.overhead_blocks), natural(cut.min_split_blocks), natural(cut.split_blocks), natural(cut.max_cut_blocks),
+                  natural(cut.uncut_blocks))
         best, share = -1, natural(least + trial)
         while best < 0:
             if trial < num_trials:
-                fits = _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), natural(overhead_blocks),
-                             natural(min_split_blocks), natural(split_blocks), natural(max_cut_blocks), natural(uncut_blocks))
+                fits = _walk(lane, share, trials[trial], num_workers, axis, natural(num_jobs), cut)
                 if lane == 0:
                     sums[trial] = fits or share >= most
             sync()  # every trial has its verdict
@@ -364,8 +364,8 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             axis[num_jobs] = total_cost
         sync()  # the axis is whole
 
-        best = _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs, overhead_blocks, min_split_blocks, split_blocks,
-                           max_cut_blocks, uncut_blocks)
+        best = _try_shares(thread, num_threads, sums, trials, num_workers, axis, num_jobs,
+                           Cut(overhead_blocks, min_split_blocks, split_blocks, max_cut_blocks, uncut_blocks))
         begins = trials[best]
         for worker in range(thread, num_workers, num_threads):
             _begin_worker(workers, worker, begins, axis, num_jobs, split_blocks)
