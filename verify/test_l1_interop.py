@@ -8,6 +8,7 @@ from numba import cuda
 from mla_numba import arrays, flash_mla, merge_states, mla_decode, plan_decode
 from mla_numba.dispatch import unavailable
 from verify.checks import assert_within
+from verify.libraries import LIBRARIES, to_torch
 from verify.tolerances import decode_bounds, merge_bounds
 
 pytestmark = [pytest.mark.l1, pytest.mark.skipif(not cuda.is_available(), reason="needs a GPU")]
@@ -20,47 +21,10 @@ def _inputs(seed=0):
                 block_table=rng.permutation(24).reshape(3, 8).astype(np.int32), seq_lens=np.array([500, 0, 65], np.int32))
 
 
-def _to_torch(array):
-    import torch
-
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
-    return torch.from_numpy(array).cuda()
-
-
-def _from_torch(tensor):
-    import torch
-
-    return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.cpu().numpy()
-
-
-def _to_cupy(array):
-    import cupy
-
-    return cupy.asarray(array)
-
-
-def _to_jax(array):
-    import jax
-
-    return jax.device_put(array, jax.devices("cuda")[0])
-
-
-_LIBRARIES = {
-    "numpy": (lambda array: array, np.asarray),
-    "torch": (_to_torch, _from_torch),
-    "cupy": (_to_cupy, lambda array: array.get()),
-    "numba": (lambda array: cuda.to_device(array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array),
-              lambda array: array.copy_to_host().view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array.copy_to_host()),
-    "jax": (_to_jax, np.asarray),
-}
-
-
-@pytest.mark.parametrize("library", _LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_library_in_library_out(library):
-    if library not in ("numpy", "numba"):
-        pytest.importorskip(library, reason=f"{library} is not installed")
-    into, back = _LIBRARIES[library]
+    pytest.importorskip(LIBRARIES[library].module, reason=f"{library} is not installed")
+    into, back = LIBRARIES[library].into, LIBRARIES[library].back
     inputs = _inputs()
     arrays = {name: into(array) for name, array in inputs.items()}
     plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2)
@@ -101,7 +65,7 @@ def test_cuda_array_interface_alone():
         def __init__(self, array):
             self.array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
 
-    into, back = _LIBRARIES["numba"]
+    into, back = LIBRARIES["numba"].into, LIBRARIES["numba"].back
     results = mla_decode(**{name: Foreign(into(array)) for name, array in _inputs().items()}, check_values=True)
     assert all(cuda.is_cuda_array(result) for result in results)
     for got, expected in zip(results, mla_decode(**_inputs()), strict=True):
@@ -111,7 +75,7 @@ def test_cuda_array_interface_alone():
 def test_flash_mla_as_its_readme_calls_it():
     pytest.importorskip("torch", reason="torch is not installed")
     inputs = _inputs()
-    tensors = {name: _to_torch(array) for name, array in inputs.items()}
+    tensors = {name: to_torch(array) for name, array in inputs.items()}
     expected, _ = mla_decode(**tensors)
     arguments = (tensors["q"], tensors["kv_cache"], tensors["block_table"], tensors["seq_lens"], 512)
     for metadata in (flash_mla.get_mla_metadata(), flash_mla.get_mla_metadata(tensors["seq_lens"], 2 * 16, 1)):
@@ -123,7 +87,7 @@ def test_flash_mla_as_its_readme_calls_it():
 def test_callers_current_stream():
     """The inputs are made on the caller's stream behind a long kernel; reading them early would read garbage."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    tensors = {name: _to_torch(array) for name, array in _inputs().items()}
+    tensors = {name: to_torch(array) for name, array in _inputs().items()}
     expected, _ = mla_decode(**tensors)
     late = torch.full_like(tensors["kv_cache"], float("nan"))
     torch.cuda.synchronize()
@@ -138,7 +102,7 @@ def test_callers_current_stream():
 def test_values_are_checked_on_the_callers_stream():
     """As above, with lengths that are wrong until the stream gets to them."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    tensors = {name: _to_torch(array) for name, array in _inputs().items()}
+    tensors = {name: to_torch(array) for name, array in _inputs().items()}
     late = torch.full_like(tensors["seq_lens"], -1)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -152,7 +116,7 @@ def test_values_are_checked_on_the_callers_stream():
 def test_graph_plans_anew_at_each_replay(planned, same_stream):
     """Plan and decode are captured together, as a server captures a step, in torch's own mode; then the lengths change."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    tensors = {name: _to_torch(array) for name, array in _inputs().items()}
+    tensors = {name: to_torch(array) for name, array in _inputs().items()}
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
 
     def step():
@@ -179,10 +143,10 @@ def test_graph_plans_a_batch_invariant_step_anew():
     """As eager calls cut it, up to the longest request that the plan was told of; a longer one is attended all the same."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     rng, max_seq_len, max_pages = np.random.default_rng(0), 3000, 80
-    q, cache = (_to_torch(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
+    q, cache = (to_torch(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
                 for shape in ((3, 1, 128, 576), (3 * max_pages, 64, 1, 576)))
-    tensors = dict(q=q, kv_cache=cache, block_table=_to_torch(rng.permutation(3 * max_pages).reshape(3, max_pages).astype(np.int32)),
-                   seq_lens=_to_torch(np.array([3000, 0, 1024], np.int32)), batch_invariant=True)
+    tensors = dict(q=q, kv_cache=cache, block_table=to_torch(rng.permutation(3 * max_pages).reshape(3, max_pages).astype(np.int32)),
+                   seq_lens=to_torch(np.array([3000, 0, 1024], np.int32)), batch_invariant=True)
 
     def step():
         plan = plan_decode(tensors["seq_lens"], num_heads_q=128, batch_invariant=True, max_seq_len=max_seq_len)
@@ -240,7 +204,7 @@ def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
     """As by Ctrl-C: the decode has counted its parts up, and no merge takes them back."""
     from mla_numba.host.gpu import Gpu
 
-    to_device, to_host = _LIBRARIES["numba"]
+    to_device, to_host = LIBRARIES["numba"].into, LIBRARIES["numba"].back
     arrays = {name: to_device(array) for name, array in _inputs().items()}
     plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2, backend="hopper")
     right = [to_host(result) for result in mla_decode(**arrays, plan=plan)]
