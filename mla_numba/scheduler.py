@@ -61,8 +61,8 @@ NUM_TOTALS = 3
 NEVER_CUT = 2**30
 # How work is cut: of `config.ScheduleConfig` what a step of the walk looks at.
 Cut = namedtuple("Cut", "overhead_blocks min_split_blocks split_blocks max_cut_blocks uncut_blocks")
-# Shares that are tried at a time.
-MAX_TRIALS = 16
+# Shares that are tried at a time; of 112 batches none needs a larger one than the sixth.
+MAX_TRIALS = 8
 # No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
 # four 19.0 (one request of 8,192 tokens, 16 heads, H200). For every backend: it binds where each worker would have one block, so that
 # merging is most of the work.
@@ -76,12 +76,11 @@ def num_partial_slots(extra_splits: int) -> int:
 
 
 def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural: Callable[[Any], Any] = int, lanes: int = 1,
-                   count_within: Callable[[Any, Any, Any, Any], Any] | None = None) -> SimpleNamespace:
+                   warp: SimpleNamespace | None = None) -> SimpleNamespace:
     """Compile the scheduler with `jit`.
 
     `sync` is the barrier between the threads that run `build` together. `natural` makes of a number that is not negative what they compute
-    fastest with. `lanes` of them, a warp, try a share together: count_within(values, i, last, limit) tells them how many of the next
-    `lanes` ascending values after i, as far as `last`, are within a limit.
+    fastest with. `lanes` of them, a warp, try a share together, each with a job in view, as `warp` has it; without it see `_one_lane`.
     """
 
     @jit
@@ -140,21 +139,36 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             jobs[job + i, JOB_NUM_PARTS] = 1
         return job + num_jobs
 
-    @jit
-    def _next_is_within(values, i, last, limit):
-        """`count_within` of one thread."""
-        return natural(i < last and natural(values[i + 1]) <= limit)
+    def _one_lane() -> SimpleNamespace:
+        """What a warp does together, of one thread."""
+        @jit
+        def begin(axis, num_jobs):
+            """A window on the axis, of a job a lane: where it begins, where the next one does (the same behind the last), its number."""
+            return axis[0], axis[min(1, num_jobs)], 0
 
-    count_within = count_within or _next_is_within
+        @jit
+        def move(axis, num_jobs, window, position):
+            """As far as the job that `position` is in, or behind the last. Positions do not fall."""
+            edge, next_edge, job = window
+            while job < num_jobs and next_edge <= position:
+                edge, job = next_edge, job + 1
+                next_edge = axis[min(job + 1, num_jobs)]
+            return edge, next_edge, job
 
-    @jit
-    def _advance(values, i, last, limit):
-        """The last `i` up to `last` with values[i] <= limit, of ascending values; that of the given one is. By `lanes` threads together."""
-        count = natural(lanes)
-        while count == lanes:
-            count = count_within(values, i, last, limit)
-            i = natural(i + count)
-        return i
+        @jit
+        def pick(_window, _position, value):
+            """Of what each lane has made of its job that of the lane in whose job the position is."""
+            return value
+
+        @jit
+        def same(value):
+            """What is the same for all lanes."""
+            return value
+
+        return SimpleNamespace(begin=begin, move=move, pick=pick, same=same)
+
+    warp = warp or _one_lane()
+    begin_window, move_window, pick, same = warp.begin, warp.move, warp.pick, warp.same
 
     @jit
     def _last_within(values, first, last, limit):
@@ -169,41 +183,39 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         return low
 
     @jit
-    def _next_begin(begin, job, share, axis, num_jobs, cut):
-        """Where the next worker begins, and in which job, if one begins at `begin` in `job`.
+    def _next_begin(begin, reach, edge, next_edge, cut):
+        """Where the next worker begins, if one begins at `begin` and its share reaches as far as `reach`, in the job between the edges.
 
-        Block b of a job is at axis[job] + cut.overhead_blocks + b; who begins there, at axis[job] + b, as the overhead comes again.
-        Workers wait for each other here, 0.15 to 0.2 us each: half of a plan's time, more or less (H200)."""
-        reach = natural(begin + share)
-        job = _advance(axis, job, num_jobs, reach)
-        next_job = min(natural(job + 1), num_jobs)
-        edge, next_edge = natural(axis[job]), natural(axis[next_job])
+        Block b of a job is at its edge + cut.overhead_blocks + b; who begins there, at the edge + b, as the overhead comes again."""
         first_block, split_blocks = natural(edge + cut.overhead_blocks), cut.split_blocks
         # The work may end here; then both edges are the same.
         is_whole = begin == edge and next_edge <= natural(first_block + cut.uncut_blocks)
         if split_blocks > 0:
             if reach <= first_block:
-                return edge, job
+                return edge
             # The nearest multiple, but not the one where it begins.
             stop = natural(_divide(2 * (reach - first_block) + split_blocks, 2 * split_blocks) * split_blocks)
             if begin >= edge and stop <= natural(begin - edge):
                 stop = natural(begin - edge + split_blocks)
             takes_job = is_whole or natural(first_block + stop) >= next_edge or next_edge > natural(first_block + cut.max_cut_blocks)
-            return (next_edge, next_job) if takes_job else (natural(edge + stop), job)
+            return next_edge if takes_job else natural(edge + stop)
         takes_job = is_whole or natural(reach + cut.min_split_blocks) > next_edge
         takes_none = not is_whole and reach < natural(first_block + cut.min_split_blocks)
         stop = next_edge if takes_job else natural(reach - cut.overhead_blocks)
-        return (edge, job) if takes_none else (stop, next_job if takes_job else job)
+        return edge if takes_none else stop
 
     @jit
     def _walk(lane, share, begins, num_workers, axis, num_jobs, cut):
         """Give every worker as much as fits into `share`, the last one what is left, and tell whether that fits, too. `begins`
         (num_workers,) is where each begins. All `lanes` threads go the same way, the first writes."""
-        begin, job, worker, last = natural(0), natural(0), natural(0), natural(num_workers - 1)
+        begin, worker, last, window = natural(0), natural(0), natural(num_workers - 1), begin_window(axis, num_jobs)
         while worker < last:
             if lane == 0:
                 begins[worker] = begin
-            begin, job = _next_begin(begin, job, share, axis, num_jobs, cut)
+            reach = natural(begin + share)
+            window = move_window(axis, num_jobs, window, reach)
+            # Each lane as if `reach` were in its own job, so that nobody waits to know in whose it is.
+            begin = pick(window, reach, _next_begin(begin, reach, natural(window[0]), natural(window[1]), cut))
             worker = natural(worker + 1)
         if lane == 0:
             begins[last] = begin
@@ -215,7 +227,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
         A worker leaves less than an overhead and a piece of its share unused, and may pay the overhead twice, so that the largest
         candidate surely suffices; not for a job of more than `max_cut_blocks`, which is taken whole all the same."""
-        num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), thread // lanes, thread % lanes
+        num_trials, trial, lane = min(num_threads // lanes, trials.shape[0]), same(thread // lanes), thread % lanes
         piece = 1 if axis[num_jobs] <= num_jobs * (cut.overhead_blocks + MOST_SINGLE_BLOCKS) else 2
         if cut.min_split_blocks < NEVER_CUT:
             piece = max(cut.min_split_blocks, piece)

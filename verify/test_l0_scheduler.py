@@ -297,26 +297,57 @@ def test_config_rules(field):
             ScheduleConfig(**values, **{may_be_0: -1})
 
 
+class _Warps:
+    """Threads as warps of four lanes, as `kernels.schedule` has them."""
+
+    def __init__(self, num_threads):
+        self.lane = threading.local()
+        self.barriers, self.values = [threading.Barrier(4) for _ in range(num_threads // 4)], np.zeros(num_threads, np.int64)
+
+    def begin(self, axis, num_jobs, first=0):
+        job = first + self.lane.thread % 4
+        return axis[min(job, num_jobs)], axis[min(job + 1, num_jobs)], [axis[min(first + i, num_jobs)] for i in range(5)], first
+
+    def move(self, axis, num_jobs, window, position):
+        while window[3] + 4 <= num_jobs and window[2][4] <= position:
+            window = self.begin(axis, num_jobs, window[3] + 4)
+        return window
+
+    def pick(self, window, position, value):
+        warp = self.lane.thread // 4
+        self.values[self.lane.thread] = value
+        self.barriers[warp].wait()
+        picked = self.values[4 * warp + sum(edge <= position for edge in window[2][:4]) - 1]
+        self.barriers[warp].wait()
+        return int(picked)
+
+    def same(self, value):
+        return value
+
+    def abort(self):
+        for barrier in self.barriers:
+            barrier.abort()
+
+
 @given(problems())
 def test_warps_build_the_same_tables_in_32_bits(problem):
     """As on the device: three warps, of four lanes each, and numbers that are taken modulo 2^32."""
-    def count_within(values, i, last, limit):
-        return sum(1 for value in values[i + 1:min(i + 4, last) + 1] if value <= limit)
-
     config, shape, lens, cu_seqlens_q = problem
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
-    barrier, threads = threading.Barrier(12), range(12)
-    warps = make_scheduler(lambda function: function, barrier.wait, lambda value: int(value) % 2**32, 4, count_within)
+    barrier, threads, warps = threading.Barrier(12), range(12), _Warps(12)
+    scheduler = make_scheduler(lambda function: function, barrier.wait, lambda value: int(value) % 2**32, 4, warps)
     tables = {name: np.full(size, -7, np.int32) for name, (_, size) in host.places.items()}
     offsets = np.zeros(1, np.int64) if cu_seqlens_q is None else cu_seqlens_q.astype(np.int64)
     arguments = [0] * len(threads), lens.astype(np.int64), offsets, *build_arguments(config, shape), *tables.values()
 
     def build(thread):
+        warps.lane.thread = thread
         try:
-            warps.build(thread, len(threads), *arguments)
+            scheduler.build(thread, len(threads), *arguments)
         except BaseException:
             # Whoever waits for this thread fails, too.
             barrier.abort()
+            warps.abort()
             raise
 
     with ThreadPoolExecutor(len(threads)) as pool:

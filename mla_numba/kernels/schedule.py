@@ -1,6 +1,7 @@
 """The tile scheduler on the device: one thread block fills the schedule, so that planning needs no look at the lengths from the host."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from numba import cuda
@@ -8,9 +9,11 @@ from numba.cuda import config, int32, types
 
 from ..scheduler import MAX_TRIALS, make_scheduler
 
+i32, u32 = np.int32, np.uint32
+
 LANES = 32
 # The simulator runs every thread as a Python thread, and has no warps.
-NUM_THREADS = 8 if config.ENABLE_CUDASIM else LANES * MAX_TRIALS
+NUM_THREADS = 8 if config.ENABLE_CUDASIM else 512
 # What shared memory holds, of 48 KB: positions of so many jobs, and beginnings of so many workers. A trial is a chain of loads from them.
 AXIS_SMEM, WORKERS_SMEM = 4096, 384
 
@@ -21,13 +24,41 @@ def _sync():
 
 
 @cuda.jit(device=True)
-def _count_within(values, i, last, limit):
-    """Of the LANES values after i, as far as `last`, how many are `limit` or less. By all lanes of a warp."""
-    mine = np.uint32(i + 1 + cuda.laneid)
-    return np.uint32(cuda.popc(cuda.ballot_sync(0xFFFFFFFF, np.uint32(values[min(mine, last)]) <= limit and mine <= last)))
+def _window_from(axis, num_jobs, first):
+    """A job a lane, from `first` on; those behind the last one begin and end there. Its last element says how far they reach."""
+    job = u32(first + u32(cuda.laneid))
+    edge, next_edge = u32(axis[min(job, num_jobs)]), u32(axis[min(u32(job + u32(1)), num_jobs)])
+    return edge, next_edge, first, u32(cuda.shfl_sync(0xFFFFFFFF, i32(next_edge), LANES - 1))
 
 
-_warps = {} if config.ENABLE_CUDASIM else {"natural": np.uint32, "lanes": LANES, "count_within": _count_within}
+@cuda.jit(device=True)
+def _begin_window(axis, num_jobs):
+    return _window_from(axis, num_jobs, u32(0))
+
+
+@cuda.jit(device=True)
+def _move_window(axis, num_jobs, window, position):
+    """By all lanes of a warp. To load a window takes as long as all else of a step, so it is done where it must be."""
+    while window[3] <= position and u32(window[2] + u32(LANES)) <= num_jobs:
+        window = _window_from(axis, num_jobs, u32(window[2] + u32(LANES)))
+    return window
+
+
+@cuda.jit(device=True)
+def _pick(window, position, value):
+    """The value of the last lane whose job begins there or before; behind the last job all lanes have the same."""
+    count = cuda.popc(cuda.ballot_sync(0xFFFFFFFF, window[0] <= position))
+    return u32(cuda.shfl_sync(0xFFFFFFFF, i32(value), i32(count - 1)))
+
+
+@cuda.jit(device=True)
+def _of_warp(value):
+    """To the compiler, which cannot know that all lanes have the same."""
+    return cuda.shfl_sync(0xFFFFFFFF, i32(value), 0)
+
+
+_warp = SimpleNamespace(begin=_begin_window, move=_move_window, pick=_pick, same=_of_warp)
+_warps = {} if config.ENABLE_CUDASIM else {"natural": u32, "lanes": LANES, "warp": _warp}
 _scheduler = make_scheduler(cuda.jit(device=True), _sync, **_warps)
 visible_tokens, piece_end, slot_of = _scheduler.visible_tokens, _scheduler.piece_end, _scheduler.slot_of
 _build = _scheduler.build
