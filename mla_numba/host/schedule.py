@@ -101,6 +101,15 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     return replace(schedule, num_slots=num_partial_slots(int(schedule.totals[TOTAL_EXTRA_SPLITS])))
 
 
+def _max_extra_splits(config: ScheduleConfig, shape: DecodeShape) -> int | None:
+    """Pieces beyond one per job, at most; None if the lengths decide."""
+    if config.split_blocks == 0:
+        return 0 if _cuts_nothing(config) else config.num_workers - 1
+    if config.max_cut_blocks == 0:
+        return None
+    return config.max_jobs(shape) * (ceil_div(config.max_cut_blocks, config.split_blocks) - 1)
+
+
 def _is_capturing(stream: int) -> bool:
     # The bindings of the driver are imported only where there is one.
     if cuda.config.ENABLE_CUDASIM:
@@ -125,12 +134,10 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     places, num_words = _layout(config, shape)
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
-    extra_splits = 0 if _cuts_nothing(config) else config.num_workers - 1
-    if config.split_blocks > 0 and config.max_cut_blocks > 0:
-        extra_splits = config.max_jobs(shape) * (ceil_div(config.max_cut_blocks, config.split_blocks) - 1)
-    schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits))
+    extra_splits = _max_extra_splits(config, shape)
+    schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits or 0))
     build(schedule)
-    if config.split_blocks > 0 and config.max_cut_blocks == 0:
+    if extra_splits is None:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
         schedule = replace(schedule, num_slots=num_partial_slots(extra_splits))
     return schedule
