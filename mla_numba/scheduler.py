@@ -61,6 +61,8 @@ NUM_TOTALS = 3
 NEVER_CUT = 2**30
 # How work is cut: of `config.ScheduleConfig` what a step of the walk looks at.
 Cut = namedtuple("Cut", "overhead_blocks min_split_blocks split_blocks max_cut_blocks uncut_blocks")
+# What a lane has in view of the work's axis as it walks: where its job begins, where the next one does, the job.
+Window = namedtuple("Window", "edge next_edge job")
 # Shares that are tried at a time; of 112 batches none needs a larger one than the sixth.
 MAX_TRIALS = 8
 # No share is of one block alone where jobs have more than these, in the mean: 128 pieces of one block took 19.8 us, 64 of two 16.4, 32 of
@@ -143,17 +145,15 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
         """What a warp does together, of one thread."""
         @jit
         def begin(axis, num_jobs):
-            """A window on the axis, of a job a lane: where it begins, where the next one does (the same behind the last), its number."""
-            return axis[0], axis[min(1, num_jobs)], 0
+            """At the first job. Behind the last one both edges are the same."""
+            return Window(axis[0], axis[min(1, num_jobs)], 0)
 
         @jit
         def move(axis, num_jobs, window, position):
             """As far as the job that `position` is in, or behind the last. Positions do not fall."""
-            edge, next_edge, job = window
-            while job < num_jobs and next_edge <= position:
-                edge, job = next_edge, job + 1
-                next_edge = axis[min(job + 1, num_jobs)]
-            return edge, next_edge, job
+            while window.job < num_jobs and window.next_edge <= position:
+                window = Window(window.next_edge, axis[min(window.job + 2, num_jobs)], window.job + 1)
+            return window
 
         @jit
         def pick(_window, _position, value):
@@ -215,7 +215,7 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
             reach = natural(begin + share)
             window = move_window(axis, num_jobs, window, reach)
             # Each lane as if `reach` were in its own job, so that nobody waits to know in whose it is.
-            begin = pick(window, reach, _next_begin(begin, reach, natural(window[0]), natural(window[1]), cut))
+            begin = pick(window, reach, _next_begin(begin, reach, natural(window.edge), natural(window.next_edge), cut))
             worker = natural(worker + 1)
         if lane == 0:
             begins[last] = begin

@@ -22,7 +22,7 @@ from perf.inputs import Inputs, make_inputs
 from perf.peers import CPU_PEERS, GPU_PEERS, PEERS, Peer
 from perf.peers.base import one_line
 from perf.peers.checkout import Checkout
-from perf.peers.invariant import Invariant
+from perf.peers.ours import Invariant
 from perf.timer import MIN_SAMPLES, Call, CudaTimer, HostTimer, Timer, first_call, host_us, interleave, spread
 
 # A peer that takes longer on a GPU, or on a CPU, is left out: twenty samples of it would be the run.

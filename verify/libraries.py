@@ -1,6 +1,5 @@
 """NumPy arrays as the arrays of each library that `mla_numba` takes, on any device, and back; bfloat16 as the library has it."""
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,36 +9,21 @@ from numba import cuda
 
 
 class Library(NamedTuple):
-    """How arrays get there and back.
+    """`into(array, device=0)` makes an array of the library of a NumPy array, `back` the other way."""
 
-    Attributes
-    ----------
-    module : str
-        What must be installed.
-    into : callable
-        (NumPy array, device = 0) to an array of the library.
-    back : callable
-        And back.
-    device_of : callable
-        The device that an array of it is on; None in host memory.
-    """
-
-    module: str
     into: Callable[..., Any]
     back: Callable[[Any], np.ndarray]
-    device_of: Callable[[Any], int | None]
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+def _bits(array: np.ndarray, as_integers: type = np.uint16) -> np.ndarray:
+    """Of bfloat16, which neither torch nor Numba takes from NumPy."""
+    return array.view(as_integers) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def to_torch(array: np.ndarray, device: int = 0) -> Any:
     import torch
 
-    # torch knows int16, not uint16, of old.
-    bits = torch.from_numpy(np.ascontiguousarray(_bits(array)).view(np.int16 if array.dtype == ml_dtypes.bfloat16 else array.dtype))
-    tensor = bits.to(f"cuda:{device}")
+    tensor = torch.from_numpy(np.ascontiguousarray(_bits(array, np.int16))).to(f"cuda:{device}")
     return tensor.view(torch.bfloat16) if array.dtype == ml_dtypes.bfloat16 else tensor
 
 
@@ -75,14 +59,16 @@ def _from_numba(array: Any) -> np.ndarray:
 
 
 def _to_jax(array: np.ndarray, device: int = 0) -> Any:
-    jax = importlib.import_module("jax")
+    import jax
+
     return jax.device_put(array, jax.devices("cuda")[device])
 
 
+# By what must be installed.
 LIBRARIES = {
-    "numpy": Library("numpy", lambda array, device=0: array, np.asarray, lambda array: None),
-    "torch": Library("torch", to_torch, from_torch, lambda tensor: tensor.device.index),
-    "cupy": Library("cupy", _to_cupy, _from_cupy, lambda array: array.device.id),
-    "numba": Library("numba", _to_numba, _from_numba, lambda array: array.gpu_data.context.device.id),
-    "jax": Library("jax", _to_jax, np.asarray, lambda array: array.device.id),
+    "numpy": Library(lambda array, device=0: array, np.asarray),
+    "torch": Library(to_torch, from_torch),
+    "cupy": Library(_to_cupy, _from_cupy),
+    "numba": Library(_to_numba, _from_numba),
+    "jax": Library(_to_jax, np.asarray),
 }

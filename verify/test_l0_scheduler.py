@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,7 @@ def test_pieces_tile_every_job_and_fit_the_workspace(problem):
 def test_workers_finish_together(problem):
     """No worker's cost exceeds the average by more than the restarts and the minimum piece allow."""
     config, shape, lens, cu_seqlens_q = problem
+    # A job that is left whole may be as long as it likes.
     config = replace(config, max_cut_blocks=0)
     schedule = make_host_schedule(config, shape, lens, cu_seqlens_q)
     num_jobs = int(schedule.totals[TOTAL_JOBS])
@@ -305,19 +307,19 @@ class _Warps:
         self.barriers, self.values = [threading.Barrier(4) for _ in range(num_threads // 4)], np.zeros(num_threads, np.int64)
 
     def begin(self, axis, num_jobs, first=0):
-        job = first + self.lane.thread % 4
-        return axis[min(job, num_jobs)], axis[min(job + 1, num_jobs)], [axis[min(first + i, num_jobs)] for i in range(5)], first
+        edges = [axis[min(first + i, num_jobs)] for i in range(5)]
+        return SimpleNamespace(edge=edges[self.lane.thread % 4], next_edge=edges[self.lane.thread % 4 + 1], edges=edges, first=first)
 
     def move(self, axis, num_jobs, window, position):
-        while window[3] + 4 <= num_jobs and window[2][4] <= position:
-            window = self.begin(axis, num_jobs, window[3] + 4)
+        while window.first + 4 <= num_jobs and window.edges[4] <= position:
+            window = self.begin(axis, num_jobs, window.first + 4)
         return window
 
     def pick(self, window, position, value):
         warp = self.lane.thread // 4
         self.values[self.lane.thread] = value
         self.barriers[warp].wait()
-        picked = self.values[4 * warp + sum(edge <= position for edge in window[2][:4]) - 1]
+        picked = self.values[4 * warp + sum(edge <= position for edge in window.edges[:4]) - 1]
         self.barriers[warp].wait()
         return int(picked)
 

@@ -23,8 +23,8 @@ def _inputs(seed=0):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_library_in_library_out(library):
-    pytest.importorskip(LIBRARIES[library].module, reason=f"{library} is not installed")
-    into, back = LIBRARIES[library].into, LIBRARIES[library].back
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    into, back = LIBRARIES[library]
     inputs = _inputs()
     arrays = {name: into(array) for name, array in inputs.items()}
     plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2)
@@ -65,7 +65,7 @@ def test_cuda_array_interface_alone():
         def __init__(self, array):
             self.array, self.__cuda_array_interface__ = array, array.__cuda_array_interface__
 
-    into, back = LIBRARIES["numba"].into, LIBRARIES["numba"].back
+    into, back = LIBRARIES["numba"]
     results = mla_decode(**{name: Foreign(into(array)) for name, array in _inputs().items()}, check_values=True)
     assert all(cuda.is_cuda_array(result) for result in results)
     for got, expected in zip(results, mla_decode(**_inputs()), strict=True):
@@ -204,7 +204,7 @@ def test_a_call_after_one_that_ended_between_its_launches(monkeypatch):
     """As by Ctrl-C: the decode has counted its parts up, and no merge takes them back."""
     from mla_numba.host.gpu import Gpu
 
-    to_device, to_host = LIBRARIES["numba"].into, LIBRARIES["numba"].back
+    to_device, to_host = LIBRARIES["numba"]
     arrays = {name: to_device(array) for name, array in _inputs().items()}
     plan = plan_decode(arrays["seq_lens"], num_heads_q=16, seq_len_q=2, backend="hopper")
     right = [to_host(result) for result in mla_decode(**arrays, plan=plan)]

@@ -1,5 +1,6 @@
 """The tile scheduler on the device: one thread block fills the schedule, so that planning needs no look at the lengths from the host."""
 
+from collections import namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,10 +13,13 @@ from ..scheduler import MAX_TRIALS, make_scheduler
 i32, u32 = np.int32, np.uint32
 
 LANES = 32
-# The simulator runs every thread as a Python thread, and has no warps.
+# Eight of 16 warps try shares; the rest is done by all, a request or a worker a thread, in most batches. The simulator runs every thread as
+# a Python thread, and has no warps.
 NUM_THREADS = 8 if config.ENABLE_CUDASIM else 512
-# What shared memory holds, of 48 KB: positions of so many jobs, and beginnings of so many workers. A trial is a chain of loads from them.
+# What shared memory holds, of 48 KB: positions of so many jobs, and beginnings of so many workers, which are walked and searched.
 AXIS_SMEM, WORKERS_SMEM = 4096, 384
+# `scheduler.Window` of a warp's lane, whose job is the lane-th from the first one on; they reach as far as `end`.
+Window = namedtuple("Window", "edge next_edge first end")
 
 
 @cuda.jit(device=True)
@@ -25,10 +29,10 @@ def _sync():
 
 @cuda.jit(device=True)
 def _window_from(axis, num_jobs, first):
-    """A job a lane, from `first` on; those behind the last one begin and end there. Its last element says how far they reach."""
+    """A job a lane, from `first` on; those behind the last one begin and end there."""
     job = u32(first + u32(cuda.laneid))
     edge, next_edge = u32(axis[min(job, num_jobs)]), u32(axis[min(u32(job + u32(1)), num_jobs)])
-    return edge, next_edge, first, u32(cuda.shfl_sync(0xFFFFFFFF, i32(next_edge), LANES - 1))
+    return Window(edge, next_edge, first, u32(cuda.shfl_sync(0xFFFFFFFF, i32(next_edge), LANES - 1)))
 
 
 @cuda.jit(device=True)
@@ -39,21 +43,21 @@ def _begin_window(axis, num_jobs):
 @cuda.jit(device=True)
 def _move_window(axis, num_jobs, window, position):
     """By all lanes of a warp. To load a window takes as long as all else of a step, so it is done where it must be."""
-    while window[3] <= position and u32(window[2] + u32(LANES)) <= num_jobs:
-        window = _window_from(axis, num_jobs, u32(window[2] + u32(LANES)))
+    while window.end <= position and u32(window.first + u32(LANES)) <= num_jobs:
+        window = _window_from(axis, num_jobs, u32(window.first + u32(LANES)))
     return window
 
 
 @cuda.jit(device=True)
 def _pick(window, position, value):
     """The value of the last lane whose job begins there or before; behind the last job all lanes have the same."""
-    count = cuda.popc(cuda.ballot_sync(0xFFFFFFFF, window[0] <= position))
+    count = cuda.popc(cuda.ballot_sync(0xFFFFFFFF, window.edge <= position))
     return u32(cuda.shfl_sync(0xFFFFFFFF, i32(value), i32(count - 1)))
 
 
 @cuda.jit(device=True)
 def _of_warp(value):
-    """To the compiler, which cannot know that all lanes have the same."""
+    """What all lanes have the same of; so the compiler knows it, and that they go one way."""
     return cuda.shfl_sync(0xFFFFFFFF, i32(value), 0)
 
 

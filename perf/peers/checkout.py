@@ -1,23 +1,17 @@
 """Another checkout of this repository: what a change is worth, in the same process, on the same inputs, in turn with what it changed."""
 
-# Every peer has the same methods, whether it needs all their arguments or not.
-# ruff: noqa: ARG002
-
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from perf import calls, machine
-from perf.cases import Case
-from perf.inputs import Inputs
-from perf.peers.base import Peer, one_line
+from perf import machine
+from perf.peers.base import one_line
+from perf.peers.ours import Ours
 
 
-class Checkout(Peer):
+class Checkout(Ours):
     """Its name is the folder's.
 
     Parameters
@@ -29,8 +23,9 @@ class Checkout(Peer):
     """
 
     def __init__(self, folder: str | Path, backend: str, library: str):
+        super().__init__(backend, library)
         self._folder = Path(folder).resolve()
-        self.name, self.library, self._backend = self._folder.name, library, backend
+        self.name = self._folder.name
 
     def available(self) -> str | None:
         try:
@@ -41,17 +36,6 @@ class Checkout(Peer):
 
     def version(self) -> str:
         return f"mla_numba {machine.commit(self._folder) or 'of no commit'}"
-
-    def supports(self, case: Case) -> str | None:
-        return None
-
-    def prepare(self, inputs: Inputs, variant: str) -> Callable[[], Any]:
-        package = self._package()
-        plan = calls.make_plan(package, inputs, self._backend)
-        return lambda: calls.decode(package, inputs, plan, self._backend)
-
-    def result(self, raw: tuple[Any, Any], inputs: Inputs) -> tuple[Any, Any]:
-        return raw
 
     def _package(self) -> ModuleType:
         """Its `mla_numba`, imported once."""
