@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a suite (the default command)")
     run.add_argument("--suite", choices=cases.SUITES, help="default: quick on a GPU, cpu without one")
+    run.add_argument("--seed", type=int, default=0, help="of the suite drawn: other shapes, drawn at random (%(default)s)")
     run.add_argument("--case", action="append", metavar="NAME", help="a case, or any shape so named, instead; may be given again")
     run.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     run.add_argument("--peers", metavar="A,B", help="peers to measure beside it, folders of other checkouts (with a slash), "
@@ -60,14 +61,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     if args.list:
-        _list(args.suite, console)
+        _list(args.suite, args.seed, console)
         return 0
     from perf import measure, report
 
     peers = None if args.peers is None else [name for name in args.peers.split(",") if name != "none"]
     run = measure.start(args.backend, peers, args.samples)
     suite = args.suite or ("quick" if run.on_gpu else "cpu")
-    chosen = [cases.find(name) for name in args.case] if args.case else cases.suite(suite)
+    chosen = [cases.find(name) for name in args.case] if args.case else cases.suite(suite, args.seed)
     path = args.out or RESULTS / f"{_device_slug(run)}-{'case' if args.case else suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     for name, why in run.absent.items():
         console.print(f"absent: {name}: {why}", style="dim", highlight=False)
@@ -106,9 +107,9 @@ def _device_slug(run: object) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device["name"].lower().removeprefix("nvidia ")).strip("-")
 
 
-def _list(suite: str | None, console: Console) -> None:
+def _list(suite: str | None, seed: int, console: Console) -> None:
     for name in (suite,) if suite else cases.SUITES:
-        chosen = cases.suite(name)
+        chosen = cases.suite(name, seed)
         console.print(f"[bold]{name}[/]: {len(chosen)} cases", highlight=False)
         if suite:
             for case in chosen:

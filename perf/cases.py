@@ -18,6 +18,8 @@ _SHAPE = re.compile(r"b(?P<batch>\d+)_q(?P<seq_len_q>\d+)_h(?P<heads>\d+)_k(?P<m
                     r"(_p(?P<page_size>[1-9]\d*))?(_w(?P<num_workers>[1-9]\d*))?(?P<full>_full)?")
 # Tokens of a block in `Case.prefix_blocks`: Mooncake's.
 PREFIX_BLOCK_TOKENS = 512
+# Of the suite `drawn`: shapes; tokens of a batch (5.8 GB of cache), and head x query x token products, at most (1 ms of an H200).
+_NUM_DRAWN, _MAX_TOKENS, _MAX_SCORES = 100, 5_000_000, 320_000_000
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,20 @@ def _serving() -> list[Case]:
     return cases
 
 
+def _drawn(seed: int) -> list[Case]:
+    """Shapes that nobody has chosen: 1 to 1,024 requests of 64 to 131,072 tokens, uniform in their logarithms, and whatever heads, queries,
+    spreads and pages a server might have."""
+    rng, drawn = np.random.default_rng(seed), []
+    all_heads = (4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 112, 128)
+    while len(drawn) < _NUM_DRAWN:
+        batch, mean = (int(np.rint(2 ** rng.uniform(*exponents))) for exponents in ((0, 10), (6, 17)))
+        queries, heads = int(rng.choice([1, 1, 1, 2, 3, 4, 5, 8])), int(rng.choice(all_heads))
+        spread, page_size = str(rng.choice(["equal", "normal", "uniform", "bimodal", "giant"])), int(rng.choice([64, 64, 64, 16, 32, 128]))
+        if batch * mean <= _MAX_TOKENS and batch * mean * queries * heads <= _MAX_SCORES:
+            drawn.append(_case("drawn", batch, queries, heads, mean, spread if batch > 2 else "equal", page_size=page_size))
+    return drawn
+
+
 def _quick() -> list[Case]:
     shapes = [(128, 1, 128, 4096, "normal"), (128, 1, 16, 4096, "normal"), (128, 2, 128, 4096, "normal"), (1, 1, 128, 8192, "equal"),
               (16, 1, 128, 1024, "equal")]
@@ -150,16 +166,18 @@ def _smoke() -> list[Case]:
 
 _SUITES = {
     "quick": _quick, "baseline": _baseline, "flashmla": _flashmla, "bench": _bench, "sweeps": _sweeps, "serving": _serving,
-    "full": lambda: [*_baseline(), *_flashmla(), *_bench(), *_sweeps()], "cpu": _cpu, "smoke": _smoke,
+    "full": lambda: [*_baseline(), *_flashmla(), *_bench(), *_sweeps()], "cpu": _cpu, "smoke": _smoke, "drawn": lambda: _drawn(0),
 }
 SUITES = tuple(_SUITES)
 
 
-def suite(name: str) -> tuple[Case, ...]:
-    """The cases of a suite, each once; raises ValueError for a name that is not in `SUITES`."""
+def suite(name: str, seed: int = 0) -> tuple[Case, ...]:
+    """The cases of a suite, each once; raises ValueError for a name that is not in `SUITES`. `seed` is of those that are drawn."""
     if name not in _SUITES:
         raise ValueError(f"suite {name!r} is none of {', '.join(SUITES)}")
-    cases = _SUITES[name]()
+    if seed and name != "drawn":
+        raise ValueError(f"the cases of suite {name!r} are always the same: a seed, got {seed}, is for suite 'drawn'")
+    cases = _drawn(seed) if seed else _SUITES[name]()
     if name == "flashmla":
         # As FlashMLA counts its 16, though with one query per request causal or not is the same.
         return tuple(cases)

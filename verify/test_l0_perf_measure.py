@@ -86,6 +86,23 @@ def test_suites_have_what_they_say():
     assert {case.page_size for case in full} >= {16, 32, 64, 128, 256}
 
 
+def test_drawn_shapes_are_the_seeds():
+    drawn = cases.suite("drawn", 3)
+    assert drawn == cases.suite("drawn", 3)
+    assert len(drawn) > 95
+    assert not set(drawn) & set(cases.suite("drawn"))
+    for case in drawn:
+        tokens = sum(case.seq_lens)
+        assert tokens <= 5_000_000
+        assert tokens * case.seq_len_q * case.num_heads_q <= 320_000_000
+    # Short and long, few and many: each tenth of either range, by its logarithm, has some.
+    for values, ends in (([case.batch for case in drawn], (0, 10)), ([case.seq_len_k_mean for case in drawn], (6, 17))):
+        tenths = np.histogram(np.log2(values), bins=10, range=ends)[0]
+        assert tenths[:8].min() > 0
+    assert {case.page_size for case in drawn} == {16, 32, 64, 128}
+    assert {case.varlen for case in drawn} == {False, True}
+
+
 @pytest.mark.parametrize("name", cases.SUITES)
 def test_cases_can_be_found_and_decoded(name):
     for case in cases.suite(name):
@@ -114,6 +131,8 @@ def test_wrong_names_say_what_is_near():
             cases.find(name)
     with pytest.raises(ValueError, match="is none of quick"):
         cases.suite("everything")
+    with pytest.raises(ValueError, match="always the same"):
+        cases.suite("quick", 1)
 
 
 @pytest.mark.parametrize("name", ["b4_q1_h64_k3000", "b3_q2_h5_k70_giant_p16_w7_full", "b2_q1_h16_k100_p1"])
@@ -454,6 +473,8 @@ def test_a_run_stops_between_cases_when_time_is_up(tmp_path, capsys):
 def test_command_line_lists_and_refuses(capsys, tmp_path):
     assert main(["--list", "--suite", "flashmla"]) == 0
     assert capsys.readouterr().out.count("tokens") == 16
+    assert main(["--list", "--suite", "drawn", "--seed", "3"]) == 0
+    assert cases.suite("drawn", 3)[-1].name in capsys.readouterr().out
     assert main(["--backend", "cpu", "--case", "nothing_like_it"]) == 2
     assert "no case" in capsys.readouterr().err
     assert main(["explain", "b1_q1_h128_k8192"]) == 0
