@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
+from .host.context import device_context
 from .host.launch import numba_stream
 
 
@@ -378,9 +379,7 @@ def on_device(device: int | None) -> Iterator[None]:
     if device is None:
         yield
         return
-    from numba import cuda
-
-    with cuda.gpus[device]:
+    with device_context(device):
         yield
 
 

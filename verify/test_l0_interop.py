@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mla_numba import arrays, merge_states, mla_decode, plan_decode
+from mla_numba.host import context
 from verify.checks import assert_within
 from verify.tolerances import merge_bounds
 
@@ -143,6 +144,31 @@ def test_values_of_device_arrays_of_any_strides_are_read_on_the_callers_stream(a
     monkeypatch.setattr(arrays.ArrayView, "device_storage", lambda view: _DeviceMemory(view))
     view = replace(arrays.view(array, "block_table"), device=0)
     np.testing.assert_array_equal(arrays.to_host(view, 7), array)
+
+
+class _ReplacingDevice:
+    """The context of a device, 2, as numba-cuda's device comes to know it: in place of a thread's current one, which it then pops."""
+
+    def __init__(self, stack):
+        self._stack = stack
+
+    def get_primary_context(self):
+        if self._stack[-1:] != [2]:
+            self._stack[-1:] = [2]
+            self._stack.pop()
+
+
+@pytest.mark.parametrize("stack", [[], [1], [3, 1], [2], [1, 2]])
+def test_a_devices_first_use_leaves_a_threads_contexts_as_they_were(stack, monkeypatch):
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda.bindings is not installed")
+    now = list(stack)
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda: (0, now[-1] if now else 0))
+    monkeypatch.setattr(driver, "cuCtxPushCurrent", lambda context: now.append(int(context)))
+    device = _ReplacingDevice(now)
+    numba_cuda = types.SimpleNamespace(gpus=[None, device], config=types.SimpleNamespace(ENABLE_CUDASIM=False))
+    monkeypatch.setattr(context, "cuda", numba_cuda)
+    assert context.device_context.__wrapped__(1) is device
+    assert now == stack
 
 
 def test_mixed_libraries_are_refused():

@@ -1,6 +1,10 @@
 """Several GPUs: a call runs where its arrays are, whichever device is the caller's current one, and leaves that as it was. Levels: l1."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from numba import cuda
@@ -58,6 +62,18 @@ def test_a_call_runs_where_its_arrays_are(library, case, backend):
                 assert cuda.get_current_device().id == current
             merged, _ = merge_states([results, results], backend=backend)
             assert view(merged, "merged").device == device
+
+
+@pytest.mark.parametrize("name", ["torch", "cupy", "numba"])
+def test_a_process_that_begins_on_the_second_device(name):
+    """The first test above in a process of its own, whose first call is on cuda:1: nobody has used that device before."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    test = f"{__file__}::{test_a_call_runs_where_its_arrays_are.__name__}[{name}-many pieces-{BACKENDS[0]}]"
+    # It is no worker of this run.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", test], env=env,
+                         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert "1 passed" in run.stdout, run.stdout + run.stderr
 
 
 def test_torchs_current_device_does_not_matter():

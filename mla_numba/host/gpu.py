@@ -10,6 +10,7 @@ from numba import cuda
 
 from ..config import ceil_div
 from .capture import beside_captures
+from .context import current_context, device_context
 from .cubin import checked, load_kernels
 from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
 from .tensor_map import encode
@@ -70,11 +71,11 @@ class Gpu:
     shared by all threads."""
 
     def __init__(self, device_idx: int):
-        self._numba = cuda.gpus[device_idx]
+        self._numba = device_context(device_idx)
         self._device_idx = device_idx
         self.num_sms = int(self._numba.MULTIPROCESSOR_COUNT)
         with self._numba:
-            self._context = _current_context()
+            self._context = current_context()
         self._kernels: dict[KernelSpec, tuple[Any, list[str]]] = {}
         # One for all who bind alike: calls that are not repeated, of DLPack's arrays say, would take 0.17 ms more (H200's host).
         self.bind = lru_cache(maxsize=_MAX_BOUND)(self._bind)
@@ -122,7 +123,7 @@ class Gpu:
     def launch_bound(self, stream: int, *kernels: BoundKernel) -> None:
         """Launch kernels one behind the other; one that waits itself may start before the one ahead of it in the stream has ended."""
         # Numba's way of making a device current costs more than a launch (5.6 and 3.7 us, H100 machine).
-        if _current_context() == self._context:
+        if current_context() == self._context:
             for kernel in kernels:
                 kernel.launch(stream)
             return
@@ -146,11 +147,6 @@ class Gpu:
         """Make words of 32 bits 0, in the order of the stream."""
         with self._numba:
             checked(driver.cuMemsetD32Async(address, 0, num_words, driver.CUstream(stream)), "cuMemsetD32Async")
-
-
-def _current_context() -> int:
-    """Where the driver's calls of this thread go."""
-    return int(driver.cuCtxGetCurrent()[1])
 
 
 def _array(memory: Strided) -> Any:
