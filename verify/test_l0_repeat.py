@@ -126,7 +126,7 @@ class _Library:
 
 
 class _Driver:
-    """cuda.bindings.driver, but for what it takes a GPU to do."""
+    """cuda.bindings.driver, but for what it takes a GPU to do; `current` is the thread's context."""
 
     def __init__(self, real):
         self._real, self.current, self.launches = real, 1, []
@@ -134,7 +134,6 @@ class _Driver:
         self.cuThreadExchangeStreamCaptureMode = self._exchange
         self.cuStreamCreate = lambda flags: (0, real.CUstream(2**20))
         self.cuStreamSynchronize = self.cuStreamDestroy = self.cuMemsetD32Async = lambda *arguments: (0,)
-        self.cuCtxGetCurrent = lambda: (0, self.current)
         self.cuLaunchKernelEx = lambda config, function, _, extra: (self._launch(config, function, extra),)
 
     def __getattr__(self, name):
@@ -194,7 +193,9 @@ class _Run:
             self.modes.append(self.driver.mode)
             return specs
 
-        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(gpus=[_Machine(self.driver)], device_array=device_array))
+        monkeypatch.setattr(gpu, "cuda", SimpleNamespace(device_array=device_array))
+        monkeypatch.setattr(gpu, "device_context", lambda _device_idx: _Machine(self.driver))
+        monkeypatch.setattr(gpu, "current_context", lambda: self.driver.current)
         monkeypatch.setattr(hopper_cut, "cuda", SimpleNamespace(get_current_device=lambda: _Machine))
         monkeypatch.setattr(gpu, "load_kernels", load_kernels)
         self.encoded: list[tuple] = []
@@ -553,11 +554,30 @@ def test_flash_mla_repeats_too(run):
                                          512, meta, causal=True)
 
 
+@pytest.mark.parametrize(("stream", "is_shared"), [(7, True), (2, False)])
+def test_threads_share_a_streams_workspace_but_not_the_per_thread_streams(run, stream, is_shared):
+    """Its handle is 2 in all threads, and each has another one."""
+    workspaces = []
+
+    def call():
+        _, (decode, _), _ = run(stream=stream)
+        # Partial results, states, counters, which follow the plan's three tables.
+        workspaces.append(decode[4][3:6])
+
+    call()
+    call()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert workspaces[0] == workspaces[1]
+    assert (workspaces[2] == workspaces[0]) is is_shared
+
+
 def test_threads_do_not_mix_up_their_launches(run):
     """Each thread has inputs and a stream of its own; a launch of arguments from two calls, or a merge behind a foreign decode, shows."""
     num_threads, num_calls = 4, 50
     run()
-    calls = [(run.library.inputs(base=(i + 1) * 64 * _MB), dict(stream=i + 1, out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16),
+    calls = [(run.library.inputs(base=(i + 1) * 64 * _MB), dict(stream=i + 3, out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16),
                                                               lse=run.library.new((_BATCH, _HEADS, 1), np.float32)))
              for i in range(num_threads)]
     expected = {options["stream"]: run.as_the_first(arrays, **options)[0] for arrays, options in calls}

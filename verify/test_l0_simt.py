@@ -6,6 +6,7 @@ Levels: l0. The property suite (test_properties.py) covers the rest, in the simu
 import itertools
 import re
 import subprocess
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +226,15 @@ class TestInSimulator:
         got = mla_numba.mla_decode(inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens + 3, head_dim_v=case.head_dim_v,
                                    backend="simt")
         assert_same_results(got, want, "whether tokens lie past the table or in a page of zeros")
+
+    def test_a_grown_workspace_leaves_the_former_one(self, monkeypatch):
+        """It may be in a captured graph."""
+        monkeypatch.setattr(simt, "_workspaces", {})
+        small = weakref.ref(simt._workspace(3, 8, 0, 7))
+        assert simt._workspace(2, 8, 0, 7) is small()
+        large = simt._workspace(9, 8, 0, 7)
+        assert large.size == 9 * 9 and small() is not None
+        assert simt._workspace(3, 8, 0, 7) is large
 
     def test_merge_states(self):
         rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Array interchange on a GPU: results of the same library on the same device, on the caller's stream."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from numba import cuda
 
 from mla_numba import arrays, flash_mla, merge_states, mla_decode, plan_decode
 from mla_numba.dispatch import unavailable
+from verify.cases import MLACase
 from verify.checks import assert_within
 from verify.libraries import LIBRARIES, to_torch
 from verify.tolerances import decode_bounds, merge_bounds
@@ -109,6 +112,35 @@ def test_values_are_checked_on_the_callers_stream():
         torch.cuda._sleep(200_000_000)
         late.copy_(tensors["seq_lens"])
         mla_decode(**{**tensors, "seq_lens": late}, check_values=True)
+
+
+@pytest.mark.parametrize("backend", ["simt", "auto"])
+def test_per_thread_streams_run_side_by_side(backend):
+    """Two threads, each on CUDA's per-thread default stream, whose handle is 2 in both: what one leaves to be merged is its own."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    # Many pieces, so that every call has partial results.
+    case = MLACase(seq_lens=(3000, 0, 700), num_heads_q=128, pages="shuffled")
+    inputs = case.build()
+    arrays_of = [[to_torch(array) for array in (q, inputs.kv_cache, inputs.block_table, inputs.seq_lens)]
+                 for q in (inputs.q, inputs.q[:, :, ::-1].copy())]
+    expected = [mla_decode(*given, backend=backend) for given in arrays_of]
+    results = [[], []]
+    torch.cuda.synchronize()
+
+    def run(i):
+        for _ in range(40):
+            results[i].append(mla_decode(*arrays_of[i], backend=backend, stream=2))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert len(results[i]) == 40
+        for result in results[i]:
+            assert all(torch.equal(got, wanted) for got, wanted in zip(result, expected[i], strict=True))
 
 
 @pytest.mark.parametrize("planned", [True, False])

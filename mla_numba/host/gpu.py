@@ -91,7 +91,8 @@ class Gpu:
             return encode(dtype, address, sizes, strides, box)
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
-        """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes; the same memory for the same stream and purpose."""
+        """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes; the same memory for the same purpose and `stream`, a
+        `launch.stream_key`."""
         kept = self._memory.setdefault((stream, purpose), [])
         if not kept or kept[-1][0] < num_floats:
             with self._numba, beside_captures():

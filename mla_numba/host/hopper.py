@@ -17,7 +17,7 @@ from ..scheduler import MERGE_MAX_SHARES
 from . import simt
 from .hopper_cut import is_for_kernels, tiles_of
 from .hopper_cut import schedule_config as schedule_config
-from .launch import ArrayMemory, KernelSpec, Strided, array_words
+from .launch import ArrayMemory, KernelSpec, Strided, array_words, stream_key
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
 
@@ -113,7 +113,8 @@ class Device(Protocol):
     def tensor_map(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         """As a kernel takes it for a parameter."""
 
-    def workspace(self, num_floats: int, stream: int, purpose: str) -> int: ...
+    def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
+        """Address of memory that stays; `stream` is a `stream_key`."""
 
     def bind(self, spec: KernelSpec, grid: tuple[int, int, int], *arguments: Any) -> "Bound":
         """A kernel to be launched by `launch_bound`; of its arguments those that are None are set before."""
@@ -183,7 +184,7 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
         return device.tensor_map(shape.dtype, address, sizes, strides, box)
 
     def of_a_copy(address: int, stream: int) -> bytes:
-        copied = device.workspace(num_floats, stream, "q")
+        copied = device.workspace(num_floats, stream_key(stream), "q")
         device.copy(Strided(copied, five, destination_strides), Strided(address, five, source_strides), stream)
         return device.tensor_map(shape.dtype, copied, sizes, copy_strides, box)
 
@@ -276,8 +277,9 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     def launch(schedule: Schedule, stream: int, q: int, kv_cache: int, block_table: int, out: int, lse: int) -> None:
         tables = schedule.addresses
         with _launch_lock:
-            o_partial, state_partial, counters = workspaces(stream)
-            written = device.workspace(out_floats, stream, "out") if copies_out else out
+            key = stream_key(stream)
+            o_partial, state_partial, counters = workspaces(key)
+            written = device.workspace(out_floats, key, "out") if copies_out else out
             set_tables_and_maps(tables["jobs"], tables["workers"], tables["starts"], o_partial, state_partial, counters,
                                 q_map(q, stream), *kv_maps(kv_cache), block_table)
             set_cache(kv_cache)
