@@ -554,6 +554,17 @@ def test_flash_mla_repeats_too(run):
                                          512, meta, causal=True)
 
 
+def test_a_workspace_that_grows_with_each_step_is_made_a_few_times(monkeypatch):
+    """What a batch-invariant plan needs grows as requests do, and what has become too small is kept for the graphs that may have it."""
+    _Run("cupy", monkeypatch)
+    device = gpu.gpu(0)
+    addresses = [device.workspace(needed, 7, "partials") for needed in range(1000, 100_000, 10)]
+    kept = device._memory[7, "partials"]
+    assert len(set(addresses)) == len(kept) <= 8
+    assert sum(num_floats for num_floats, _, _ in kept) <= 4 * 100_000
+    assert device.workspace(5000, 7, "partials") == addresses[-1]
+
+
 @pytest.mark.parametrize(("stream", "is_shared"), [(7, True), (2, False)])
 def test_threads_share_a_streams_workspace_but_not_the_per_thread_streams(run, stream, is_shared):
     """Its handle is 2 in all threads, and each has another one."""

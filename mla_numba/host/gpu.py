@@ -12,7 +12,7 @@ from ..config import ceil_div
 from .capture import beside_captures
 from .context import current_context, device_context
 from .cubin import checked, load_kernels
-from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
+from .launch import Arguments, KernelSpec, Strided, configured, formats, grown_size, numba_stream
 from .tensor_map import encode
 
 # What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
@@ -82,8 +82,7 @@ class Gpu:
         self.unfinished: dict[int, int] = {}
         # A map follows from what it is made of: a kept one is never wrong, whatever now lies at its address.
         self.tensor_map = lru_cache(maxsize=_MAX_MAPS)(self._encode)
-        # Memory per (stream, purpose), grown as needed: its floats, its address, its owner. A former, smaller one may be in a captured
-        # graph: it is kept.
+        # Memory per (stream, purpose): its floats, its address, its owner. A former, smaller one may be in a captured graph: it is kept.
         self._memory: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
 
     def _encode(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
@@ -95,8 +94,9 @@ class Gpu:
         `launch.stream_key`."""
         kept = self._memory.setdefault((stream, purpose), [])
         if not kept or kept[-1][0] < num_floats:
+            num_floats = grown_size(num_floats, kept[-1][0] if kept else 0)
             with self._numba, beside_captures():
-                memory = cuda.device_array(max(num_floats, 1), np.float32)
+                memory = cuda.device_array(num_floats, np.float32)
                 address = int(memory.__cuda_array_interface__["data"][0])
                 # Not on the default stream, which streams that are being captured may wait for.
                 own = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")

@@ -135,6 +135,12 @@ def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) 
     return 0, 0, math.prod(shape), 4, address, *shape, *strides
 
 
+def grown_size(needed: int, former: int) -> int:
+    """Of a workspace that takes the place of one that has become too small, and is kept: batch-invariant plans need a little more with each
+    1,024 tokens, and all that is kept is to be a few times what is needed, not the sum of each step's."""
+    return max(needed, 2 * former, 1)
+
+
 def stream_key(handle: int) -> int:
     """What tells a stream from all others: its handle, but of CUDA's per-thread default stream, which is another one in each thread."""
     return handle if handle != _PER_THREAD_STREAM else ~threading.get_ident()

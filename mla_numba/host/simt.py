@@ -16,7 +16,7 @@ from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..kernels import simt_merge
 from ..kernels.simt_decode import SIMULATOR, STORAGE, SimtConfig, decode_signature, make_decode_kernel
-from .launch import configured, numba_stream, stream_key
+from .launch import configured, grown_size, numba_stream, stream_key
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 
 # Tokens that a piece of a split request has at least.
@@ -24,8 +24,8 @@ _MIN_SPLIT_TOKENS = 128
 # Thread blocks of the merge walk the job table, so that 20,000 requests need no 20,000 x rows of them.
 _MAX_MERGE_BLOCKS = 1024
 
-# Partial results per (device, stream), kept from call to call and grown as needed: calls on one stream run one after the other. Former,
-# smaller ones may be in a captured graph: they are kept, too.
+# Partial results per (device, stream), kept from call to call: calls on one stream run one after the other. Former, smaller ones may be in
+# a captured graph: they are kept, too.
 _workspaces: dict[tuple[int, int], list[Any]] = {}
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
@@ -176,7 +176,7 @@ def _workspace(num_rows: int, head_dim_v: int, device_idx: int, stream: int) -> 
     kept = _workspaces.setdefault((device_idx, stream_key(stream)), [])
     if not kept or kept[-1].size < num_floats:
         with _beside_captures():
-            kept.append(cuda.device_array(num_floats, np.float32))
+            kept.append(cuda.device_array(grown_size(num_floats, kept[-1].size if kept else 0), np.float32))
     return kept[-1]
 
 
