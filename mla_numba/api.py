@@ -31,8 +31,9 @@ from .host.launch import numba_stream
 from .host.schedule import Schedule, make_host_schedule
 from .scheduler import JOB_REQUEST, JOB_SEQ_LEN
 
-# Calls kept for plans of one shape, and without a plan; they may differ in strides and options.
-_MAX_PREPARED_CALLS = 16
+# Calls kept for plans of one shape, and without a plan; they may differ in strides and options. And shapes of plans: a server's batch sizes,
+# of which one that has to be prepared anew takes 0.14 ms of each step (a 2-core Xeon, with a stubbed driver).
+_MAX_PREPARED_CALLS, _MAX_SHAPES = 16, 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Plan:
         return _prepared_calls(self.backend, self.shape, self.device, self.schedule.config, self.schedule.num_slots)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_MAX_SHAPES)
 def _prepared_calls(*_plan: Any) -> "list[_PreparedCall]":
     """Without arguments: of calls that plan for themselves."""
     return []
@@ -111,7 +112,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
     Without `stream` the tables are memory of torch or CuPy, if `seq_lens` is theirs: keep the plan until what another stream does with it
     is done, as with any of their arrays.
     """
-    lens = view(seq_lens, "seq_lens")
+    lens = view(seq_lens, "seq_lens", stream)
     validate.require_ndim(lens, 1, "(batch,)")
     validate.require_dtype(lens, ("int32",))
     validate.require_whole_elements(lens)
@@ -128,7 +129,7 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
         seq_len_q = validate.require_count(seq_len_q, "seq_len_q")
         total_q = batch * seq_len_q
     else:
-        cu_seqlens = view(cu_seqlens_q, "cu_seqlens_q")
+        cu_seqlens = view(cu_seqlens_q, "cu_seqlens_q", stream)
         validate.require_cu_seqlens_shape(cu_seqlens, batch)
         validate.require_same_place([lens, cu_seqlens])
         seq_len_q = 0
@@ -227,11 +228,12 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
                         call.recognise = recogniser(given)
                     return call(schedule, addresses, out, lse, stream)
 
-    inputs = [view(q, "q"), view(kv_cache, "kv_cache"), view(block_table, "block_table"), view(seq_lens, "seq_lens")]
+    named = (q, "q"), (kv_cache, "kv_cache"), (block_table, "block_table"), (seq_lens, "seq_lens")
+    inputs = [view(array, name, stream) for array, name in named]
     q_view, kv_view, table_view, lens_view = inputs
     cu_view = None
     if cu_seqlens_q is not None:
-        cu_view = view(cu_seqlens_q, "cu_seqlens_q")
+        cu_view = view(cu_seqlens_q, "cu_seqlens_q", stream)
         inputs.append(cu_view)
     shape = validate.decode_shape(q_view, kv_view, table_view, lens_view, cu_view, validate.require_count(head_dim_v, "head_dim_v"),
                                   validate.require_flag(causal, "causal"), validate.require_flag(batch_invariant, "batch_invariant"))
@@ -251,9 +253,10 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     tokens = "total_q" if shape.ragged else "seq_len_q"
     batch = "" if shape.ragged else "batch, "
     out_view = _result(out, "out", q_view, (*q_view.shape[:-1], shape.head_dim_v), shape.dtype,
-                       f"({batch}{tokens}, num_heads_q, head_dim_v)", inputs)
+                       f"({batch}{tokens}, num_heads_q, head_dim_v)", inputs, stream)
     validate.require_last_axis_contiguous(out_view)
-    lse_view = _result(lse, "lse", q_view, _lse_shape(q_view), "float32", f"({batch}num_heads_q, {tokens})", [*inputs, out_view])
+    lse_view = _result(lse, "lse", q_view, _lse_shape(q_view), "float32", f"({batch}num_heads_q, {tokens})", [*inputs, out_view],
+                       stream)
     if shape.total_q == 0:
         return _owner(out_view), _owner(lse_view)
 
@@ -361,8 +364,8 @@ def merge_states(states: Sequence[tuple[Any, Any]], *, empty_lse: str = "+inf", 
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"states[{i}] must be a pair (out, lse), got {type(pair).__name__}")
     empty = validate.require_empty_lse(empty_lse)
-    outs = [view(pair[0], f"states[{i}][0]") for i, pair in enumerate(pairs)]
-    lses = [view(pair[1], f"states[{i}][1]") for i, pair in enumerate(pairs)]
+    outs = [view(pair[0], f"states[{i}][0]", stream) for i, pair in enumerate(pairs)]
+    lses = [view(pair[1], f"states[{i}][1]", stream) for i, pair in enumerate(pairs)]
     first = outs[0]
     validate.require_dtype(first, DTYPES)
     if first.ndim not in (3, 4):
@@ -504,11 +507,12 @@ def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, bl
                              f"has request {is_now[JOB_REQUEST]} with seq_len={is_now[JOB_SEQ_LEN]}: make a new one with plan_decode")
 
 
-def _result(given: Any, name: str, like: ArrayView, shape: tuple[int, ...], dtype: str, axes: str, others: list[ArrayView]) -> ArrayView:
+def _result(given: Any, name: str, like: ArrayView, shape: tuple[int, ...], dtype: str, axes: str, others: list[ArrayView],
+            stream: Any) -> ArrayView:
     """The array to write a result to: the caller's, if it keeps the rules, or a new one."""
     if given is None:
         return view(empty_like_kind(like, shape, dtype), name)
-    array = view(given, name)
+    array = view(given, name, stream)
     validate.require_output(array, shape, dtype, axes)
     validate.require_same_place([like, array])
     validate.require_no_overlap(array, others)

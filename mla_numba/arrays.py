@@ -76,8 +76,8 @@ class ArrayView:
         return cuda.from_cuda_array_interface(interface, owner=self.owner, sync=False)
 
 
-def view(array: Any, name: str) -> ArrayView:
-    """Describe `array`, the argument called `name`.
+def view(array: Any, name: str, stream: Any = None) -> ArrayView:
+    """Describe `array`, the argument called `name`; what DLPack's libraries are to have done with it is done before `stream` goes on.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def view(array: Any, name: str) -> ArrayView:
     if library == "numba":
         return _view_numba(array, name)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _view_dlpack(array, name)
+        return _view_dlpack(array, name, stream)
     if hasattr(array, "__cuda_array_interface__"):
         from numba import cuda
 
@@ -420,13 +420,14 @@ _DLPACK_DTYPE = {(4, 16, 1): "bfloat16", (2, 16, 1): "float16", (2, 32, 1): "flo
 _DLPACK_CPU, _DLPACK_CUDA = 1, 2
 
 
-def _view_dlpack(array: Any, name: str) -> ArrayView:
+def _view_dlpack(array: Any, name: str, stream: Any) -> ArrayView:
     device_type, device_id = array.__dlpack_device__()
     if device_type not in (_DLPACK_CPU, _DLPACK_CUDA):
         raise TypeError(f"{name} is on DLPack device type {int(device_type)}, but must be on the CPU (1) or a CUDA device (2)")
-    # The producer must order its work before what the default stream does next: 1 is that stream in DLPack's terms.
+    # The producer must order its work before what the stream does next: 1 is the default stream in DLPack's terms.
     try:
-        capsule = array.__dlpack__(stream=1) if device_type == _DLPACK_CUDA else array.__dlpack__()
+        on_stream = dict(stream=stream_handle(stream, "dlpack", device_id) or 1) if device_type == _DLPACK_CUDA else {}
+        capsule = array.__dlpack__(**on_stream)
     except BufferError as error:
         raise TypeError(f"{name} does not let its memory be seen through DLPack: {error}") from error
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer

@@ -95,6 +95,24 @@ def test_dlpack_alone():
     assert_within("out", merged.memory, want, bound)
 
 
+class _OnDevice(_Array):
+    """Said to be on a GPU; it notes the stream that its library is told of."""
+
+    def __dlpack__(self, *, stream):
+        self.told = stream
+        return self.memory.__dlpack__()
+
+    def __dlpack_device__(self):
+        return 2, 1
+
+
+@pytest.mark.parametrize(("stream", "told"), [(None, 1), (0, 1), (2, 2), (77, 77), (types.SimpleNamespace(ptr=77), 77)])
+def test_dlpack_is_told_the_stream_that_will_read(stream, told):
+    array = _OnDevice(np.zeros((2, 3), np.float32))
+    assert arrays.view(array, "q", stream).device == 1
+    assert array.told == told
+
+
 class _Nameless(_Array):
     __array_namespace__ = property()
 

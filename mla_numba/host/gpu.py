@@ -17,8 +17,9 @@ from .tensor_map import encode
 
 # What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
-# Bound kernels kept, which calls share that differ in addresses alone; and launch configurations for each, by stream.
-_MAX_BOUND, _MAX_CONFIGS = 256, 256
+# Bound kernels kept, which calls share that differ in addresses alone, a decode and a merge for each shape; and launch configurations for
+# each, by stream.
+_MAX_BOUND, _MAX_CONFIGS = 512, 256
 # Tensor maps kept: some for each layer's cache, which calls of all shapes share.
 _MAX_MAPS = 4096
 
