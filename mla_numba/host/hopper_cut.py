@@ -77,13 +77,14 @@ def team_size(row_tiles: int, num_kv_heads: int, num_sms: int) -> int:
 
 def schedule_config(shape: DecodeShape, num_sms: int | None = None, max_seq_len: int | None = None) -> ScheduleConfig:
     """For the current device, or for one of so many SMs; no request has more than `max_seq_len` tokens, if that is known."""
-    return _config_of(shape, cuda.get_current_device().MULTIPROCESSOR_COUNT if num_sms is None else num_sms, max_seq_len)
-
-
-@lru_cache(maxsize=256)
-def _config_of(shape: DecodeShape, num_sms: int, max_seq_len: int | None) -> ScheduleConfig:
     # How many rows the requests of a ragged batch have is not known, nor into how many jobs they come apart.
     num_blocks = None if max_seq_len is None or shape.ragged else ceil_div(max_seq_len, BLOCK_N)
+    return _config_of(shape, cuda.get_current_device().MULTIPROCESSOR_COUNT if num_sms is None else num_sms, num_blocks)
+
+
+# By blocks, not tokens, which are more at each step of a server.
+@lru_cache(maxsize=256)
+def _config_of(shape: DecodeShape, num_sms: int, num_blocks: int | None) -> ScheduleConfig:
     rows_per_job, team = _job_size(shape, num_sms, num_blocks)
     overhead_blocks, min_split_blocks = _OVERHEAD_BLOCKS, _MIN_SPLIT_BLOCKS
     if team == 1:
