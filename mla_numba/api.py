@@ -31,8 +31,8 @@ from .host.launch import numba_stream
 from .host.schedule import Schedule, make_host_schedule
 from .scheduler import JOB_REQUEST, JOB_SEQ_LEN
 
-# Calls kept for plans of one shape, and without a plan; they may differ in strides and options. And shapes of plans: a server's batch sizes.
-# One that has to be prepared anew takes 0.14 ms of a step (a 2-core Xeon, with a stubbed driver).
+# Calls kept for plans of one shape, and without a plan; they may differ in strides and options. And shapes of plans: a server's batch
+# sizes. One that has to be prepared anew takes 0.14 ms of a step (a 2-core Xeon, with a stubbed driver).
 _MAX_PREPARED_CALLS, _MAX_SHAPES = 16, 256
 
 
