@@ -205,6 +205,12 @@ class TestInSimulator:
         with pytest.raises(ValueError, match="batch_invariant=True in a CUDA graph needs a plan made with max_seq_len"):
             _plan(case, batch_invariant=True)
 
+    @pytest.mark.parametrize(("seq_lens", "room_for"), [((8, 3), 0), ((21, 3), 2), ((21, 9), 4), ((40, 3), 4), ((21, 25), 8)])
+    def test_plans_of_about_as_many_pieces_have_equal_slots(self, seq_lens, room_for):
+        """Two for each piece of 8 tokens beyond a request's first one, rounded up, so that not each step of a server needs more."""
+        case = MLACase(seq_lens=seq_lens, num_heads_q=2, **TINY)
+        assert _plan(case, batch_invariant=True).schedule.num_slots == (2 * room_for + 1 if room_for else 0)
+
     @pytest.mark.parametrize("page", [-1, 2, 2147480000])
     def test_bad_page_reads_zeros(self, page):
         case = MLACase(seq_lens=(8,), num_heads_q=2, dtype="float32", spare_pages=0, **TINY)

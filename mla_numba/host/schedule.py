@@ -139,5 +139,7 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     build(schedule)
     if extra_splits is None:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
+        # Of a power of two, so that steps whose requests grow share a workspace, and calls that were prepared for it.
+        extra_splits = 1 << (extra_splits - 1).bit_length() if extra_splits > 0 else 0
         schedule = replace(schedule, num_slots=num_partial_slots(extra_splits))
     return schedule
