@@ -6,7 +6,7 @@ from types import ModuleType
 
 from numba import cuda
 
-from .arrays import ArrayView
+from .arrays import ArrayView, on_device
 from .config import DecodeShape
 from .contract import BACKENDS
 from .errors import BackendUnavailable
@@ -24,7 +24,7 @@ def backend_module(name: str) -> ModuleType:
 
 
 def unavailable(name: str) -> list[str]:
-    """Why this machine cannot run backend `name`; empty if it can."""
+    """Why this machine, or the current one of its GPUs, cannot run backend `name`; empty if it can."""
     if name not in _MODULES:
         return ["this version of mla_numba does not have it yet"]
     return list(backend_module(name).unavailable())
@@ -56,17 +56,19 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None, kv
     """
     require_choice(asked, "backend", ("auto", *BACKENDS))
     reasons = {}
-    for name in BACKENDS if asked == "auto" else (asked,):
-        why = unavailable(name)
-        if not why and shape is not None:
-            why = list(backend_module(name).unsupported(shape))
-            if kv_cache is not None and device is not None:
-                why += getattr(backend_module(name), "unsupported_layout", lambda _: [])(kv_cache)
-        if name == "cpu" and device is not None:
-            why.append(f"the arrays are on cuda:{device}, and it reads host memory")
-        if asked == "auto" and name != "cpu" and cuda.config.ENABLE_CUDASIM:
-            why.append("the CUDA simulator is slow, and used only when asked for by name")
-        if not why:
-            return name
-        reasons[name] = why
+    # GPUs may differ: what one can, the arrays' own is asked for.
+    with on_device(device):
+        for name in BACKENDS if asked == "auto" else (asked,):
+            why = unavailable(name)
+            if not why and shape is not None:
+                why = list(backend_module(name).unsupported(shape))
+                if kv_cache is not None and device is not None:
+                    why += getattr(backend_module(name), "unsupported_layout", lambda _: [])(kv_cache)
+            if name == "cpu" and device is not None:
+                why.append(f"the arrays are on cuda:{device}, and it reads host memory")
+            if asked == "auto" and name != "cpu" and cuda.config.ENABLE_CUDASIM:
+                why.append("the CUDA simulator is slow, and used only when asked for by name")
+            if not why:
+                return name
+            reasons[name] = why
     raise BackendUnavailable(asked, reasons)

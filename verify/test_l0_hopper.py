@@ -3,6 +3,7 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
+import contextlib
 import shutil
 import struct
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from numba import cuda
 
+from mla_numba import BackendUnavailable, dispatch
 from mla_numba.config import DecodeShape
 from mla_numba.scheduler import NEVER_CUT
 
@@ -118,6 +120,25 @@ def _shape(**changes):
     values = dict(batch=1, seq_len_q=1, total_q=1, num_heads_q=128, num_heads_kv=1, head_dim_qk=576, head_dim_v=512, page_size=64,
                   dtype="bfloat16", causal=True, batch_invariant=False)
     return DecodeShape(**{**values, **changes})
+
+
+def test_of_gpus_that_differ_the_arrays_own_is_asked(monkeypatch):
+    """An A100 and an H100, whichever is current."""
+    current = [SimpleNamespace(compute_capability=(8, 0)), SimpleNamespace(compute_capability=(9, 0))]
+
+    @contextlib.contextmanager
+    def on_device(device):
+        current.insert(0, current.pop(device))
+        yield
+        current.insert(device, current.pop(0))
+
+    monkeypatch.setattr(dispatch, "on_device", on_device)
+    monkeypatch.setattr(hopper, "cuda", SimpleNamespace(get_current_device=lambda: current[0]))
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", list)
+    monkeypatch.setattr("mla_numba.host.simt.unsupported", lambda shape: [])
+    assert [dispatch.choose_backend("auto", _shape(), device) for device in (0, 1, 0)] == ["simt", "hopper", "simt"]
+    with pytest.raises(BackendUnavailable, match=r"compute capability 8\.0, and wgmma needs 9\.0"):
+        dispatch.choose_backend("hopper", _shape(), 0)
 
 
 @pytest.mark.parametrize(("changes", "reason"), [

@@ -24,7 +24,18 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator has no hopper backend", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba import BackendUnavailable, Plan, StalePlanError, api, arrays, flash_mla, mla_decode, plan_decode, validate  # noqa: E402
+from mla_numba import (  # noqa: E402
+    BackendUnavailable,
+    Plan,
+    StalePlanError,
+    api,
+    arrays,
+    dispatch,
+    flash_mla,
+    mla_decode,
+    plan_decode,
+    validate,
+)
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import capture, gpu, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
@@ -205,7 +216,7 @@ class _Run:
         monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))
         monkeypatch.setattr(gpu, "gpu", lambda device_idx: device)
         monkeypatch.setattr(hopper, "unavailable", list)
-        for module in (api, arrays):
+        for module in (api, arrays, dispatch):
             monkeypatch.setattr(module, "on_device", lambda device_idx: nullcontext())
         self.validated, decode_shape = 0, validate.decode_shape
 

@@ -30,21 +30,16 @@ _MAX_KEPT = 256
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
-@cache
 def unavailable() -> list[str]:
-    """Why this machine cannot run the backend."""
+    """Why this machine, or the current one of its GPUs, cannot run the backend."""
     if simt.SIMULATOR:
         return ["the CUDA simulator has neither TMA nor wgmma"]
     reasons = simt.unavailable()
     if not reasons:
-        capability = cuda.gpus[_device_idx()].compute_capability
+        capability = cuda.get_current_device().compute_capability
         if tuple(capability) != COMPUTE_CAPABILITY:
             reasons = [f"the GPU has compute capability {capability[0]}.{capability[1]}, and wgmma needs 9.0"]
     return reasons
-
-
-def _device_idx() -> int:
-    return cuda.get_current_device().id
 
 
 def unsupported(shape: DecodeShape) -> list[str]:
