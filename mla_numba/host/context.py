@@ -6,11 +6,17 @@ from typing import Any
 from numba import cuda
 
 
-def current_context() -> int:
-    """Where the driver's calls of this thread go; 0 if nowhere."""
+@cache
+def _driver() -> Any:
+    """The driver's bindings, which are imported only where there is a driver; by each call they would be for 0.3 us."""
     from cuda.bindings import driver
 
-    return int(driver.cuCtxGetCurrent()[1])
+    return driver
+
+
+def current_context() -> int:
+    """Where the driver's calls of this thread go; 0 if nowhere."""
+    return int(_driver().cuCtxGetCurrent()[1])
 
 
 @cache
@@ -22,12 +28,9 @@ def device_context(device_idx: int) -> Any:
     is put back.
     """
     manager = cuda.gpus[device_idx]
-    # The bindings of the driver are imported only where there is one.
     if not cuda.config.ENABLE_CUDASIM:
-        from cuda.bindings import driver
-
         before = current_context()
         manager.get_primary_context()
         if current_context() != before:
-            driver.cuCtxPushCurrent(driver.CUcontext(before))
+            _driver().cuCtxPushCurrent(_driver().CUcontext(before))
     return manager
