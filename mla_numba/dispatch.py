@@ -56,8 +56,8 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None, kv
     """
     require_choice(asked, "backend", ("auto", *BACKENDS))
     reasons = {}
-    # GPUs may differ: what one can, the arrays' own is asked for.
-    with on_device(device):
+    # GPUs may differ: the arrays' own is asked, if Numba has a driver to ask.
+    with on_device(None if unavailable("simt") else device):
         for name in BACKENDS if asked == "auto" else (asked,):
             why = unavailable(name)
             if not why and shape is not None:

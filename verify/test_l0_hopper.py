@@ -122,6 +122,12 @@ def _shape(**changes):
     return DecodeShape(**{**values, **changes})
 
 
+def test_arrays_of_a_gpu_that_numba_cannot_use_are_told_why(monkeypatch):
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", lambda: ["no CUDA driver: the reason"])
+    with pytest.raises(BackendUnavailable, match=r"(?s)no CUDA driver: the reason.*the arrays are on cuda:1"):
+        dispatch.choose_backend("auto", _shape(), 1)
+
+
 def test_of_gpus_that_differ_the_arrays_own_is_asked(monkeypatch):
     """An A100 and an H100, whichever is current."""
     current = [SimpleNamespace(compute_capability=(8, 0)), SimpleNamespace(compute_capability=(9, 0))]
