@@ -14,6 +14,8 @@ from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
+import hypothesis
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
@@ -285,6 +287,37 @@ def test_a_repeated_call_launches_what_a_first_one_does(run, variant):
     assert [type(result) for result in results] == [run.library.array] * 2
     assert results[0].shape == (_BATCH, 1, _HEADS, 512) and results[1].shape == (_BATCH, _HEADS, 1)
     assert all(result is options[name] for name, result in zip(("out", "lse"), results, strict=True) if name in options)
+
+
+# Of a call in a sequence: where its inputs lie, how q does, whether results are given, which plan, what else is said.
+_CALLS = st.fixed_dictionaries({
+    "base": st.sampled_from([_MB, 64 * _MB, 256 * _MB]), "q": st.sampled_from(["packed", "strided", "misaligned", "padded heads"]),
+    "given": st.sampled_from(["", "out", "lse", "out lse", "out misaligned"]), "plan": st.sampled_from([2**30, 2**31]),
+    "said": st.fixed_dictionaries({}, optional={"softmax_scale": st.sampled_from([0.5, 1.0]), "empty_lse": st.just("-inf"),
+                                                "stream": st.sampled_from([7, 2])})})
+
+
+@pytest.mark.parametrize("library", ["torch", "torch-guards", "cupy", "numba"])
+@hypothesis.given(calls=st.lists(_CALLS, min_size=2, max_size=8))
+@hypothesis.settings(deadline=None, max_examples=25)
+def test_calls_in_any_order_launch_what_first_ones_do(library, calls):
+    """Nothing that a call leaves behind shows in a later one."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        name, _, guards = library.partition("-")
+        run = _Run(name, monkeypatch, _TensorGuards if guards else None)
+        lib = run.library
+        for call in calls:
+            base, given = call["base"], call["given"]
+            shape, strides = (_BATCH, 1, _HEADS, 576), {"strided": (20480, 20480, 1280, 2), "padded heads": (24576, 24576, 1152, 2)}
+            q = lib.array(base + 8 * (call["q"] == "misaligned"), shape, strides=strides.get(call["q"]))
+            options = dict(call["said"])
+            if "out" in given:
+                options["out"] = lib.array(base + 99 * _MB + 8 * ("misaligned" in given), (_BATCH, 1, _HEADS, 512))
+            if "lse" in given:
+                options["lse"] = lib.array(base + 98 * _MB, (_BATCH, _HEADS, 1), np.float32)
+            arrays = lib.inputs(base, q=q)
+            expected = run.as_the_first(arrays, plan=run.make_plan(call["plan"]), **options)
+            assert run(arrays, plan=run.make_plan(call["plan"]), **options)[1:] == tuple(expected)
 
 
 def test_layers_and_steps_of_one_shape_share_what_is_prepared(run):
