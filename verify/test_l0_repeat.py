@@ -5,6 +5,7 @@ The arrays say that they are on a GPU; the driver writes down what it is to laun
 
 import ctypes
 import gc
+import inspect
 import struct
 import sys
 import threading
@@ -41,6 +42,7 @@ from mla_numba import (  # noqa: E402
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import capture, gpu, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.host.schedule import Schedule  # noqa: E402
+from mla_numba.kernels import hopper_config, hopper_decode, hopper_merge  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
 _BATCH, _HEADS, _PAGES = 2, 16, 4
@@ -297,6 +299,34 @@ _CALLS = st.fixed_dictionaries({
                                                 "stream": st.sampled_from([7, 2])})})
 
 
+def _address(array):
+    return arrays.view(array, "an array").pointer
+
+
+def _arguments(launched, kernel):
+    """By name; the kernel is known by its function."""
+    return dict(zip(inspect.signature(kernel).parameters, launched[4], strict=True))
+
+
+def _assert_says_where_arrays_are(run, given, results, plan, launches, copies):
+    """The launches' arguments, against the arrays themselves."""
+    decode = _arguments(launches[0], hopper_decode.make_decode_kernel(hopper_config.HopperConfig("bfloat16", 64, 1, 16)))
+    merge = _arguments(launches[1], hopper_merge.make_merge_kernel("bfloat16", 16))
+    map_at = {hash(key).to_bytes(128, "little", signed=True): key[1] for key in run.encoded}
+    copied_to = {copy[1].address: copy[0].address for copy in copies}
+    q, kv_cache, block_table = (_address(given[name]) for name in ("q", "kv_cache", "block_table"))
+    assert map_at[decode["_q_map"]] == copied_to.get(q, q)
+    assert [map_at[decode["_left_map"]], map_at[decode["_right_map"]], decode["kv_cache"]] == 3 * [kv_cache]
+    assert decode["block_table"] == block_table
+    out, lse = map(_address, results)
+    for arguments, tables in ((decode, ("jobs", "workers", "starts")), (merge, ("merges", "totals"))):
+        assert copied_to.get(arguments["out"], arguments["out"]) == out
+        assert arguments["lse"] == lse
+        assert [arguments[name] for name in tables] == [plan.schedule.addresses[name] for name in tables]
+        assert [arguments[name] for name in ("o_partial", "state_partial", "counters", "out")] == [
+            decode[name] for name in ("o_partial", "state_partial", "counters", "out")]
+
+
 @pytest.mark.parametrize("library", ["torch", "torch-guards", "cupy", "numba"])
 @hypothesis.given(calls=st.lists(_CALLS, min_size=2, max_size=8))
 @hypothesis.settings(deadline=None, max_examples=25)
@@ -307,17 +337,19 @@ def test_calls_in_any_order_launch_what_first_ones_do(library, calls):
         run = _Run(name, monkeypatch, _TensorGuards if guards else None)
         lib = run.library
         for call in calls:
-            base, given = call["base"], call["given"]
+            base, wanted = call["base"], call["given"]
             shape, strides = (_BATCH, 1, _HEADS, 576), {"strided": (20480, 20480, 1280, 2), "padded heads": (24576, 24576, 1152, 2)}
             q = lib.array(base + 8 * (call["q"] == "misaligned"), shape, strides=strides.get(call["q"]))
             options = dict(call["said"])
-            if "out" in given:
-                options["out"] = lib.array(base + 99 * _MB + 8 * ("misaligned" in given), (_BATCH, 1, _HEADS, 512))
-            if "lse" in given:
+            if "out" in wanted:
+                options["out"] = lib.array(base + 99 * _MB + 8 * ("misaligned" in wanted), (_BATCH, 1, _HEADS, 512))
+            if "lse" in wanted:
                 options["lse"] = lib.array(base + 98 * _MB, (_BATCH, _HEADS, 1), np.float32)
-            arrays = lib.inputs(base, q=q)
-            expected = run.as_the_first(arrays, plan=run.make_plan(call["plan"]), **options)
-            assert run(arrays, plan=run.make_plan(call["plan"]), **options)[1:] == tuple(expected)
+            plan, given = run.make_plan(call["plan"]), lib.inputs(base, q=q)
+            expected = run.as_the_first(given, plan=run.make_plan(call["plan"]), **options)
+            results, *launched = run(given, plan=plan, **options)
+            assert launched == expected
+            _assert_says_where_arrays_are(run, given, results, plan, *launched)
 
 
 def test_layers_and_steps_of_one_shape_share_what_is_prepared(run):
