@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 from numba import cuda
 
+from mla_numba.arrays import on_device
+
 
 class Library(NamedTuple):
     """`into(array, device=0)` makes an array of the library of a NumPy array, `back` the other way."""
@@ -49,7 +51,7 @@ def _from_cupy(array: Any) -> np.ndarray:
 
 
 def _to_numba(array: np.ndarray, device: int = 0) -> Any:
-    with cuda.gpus[device]:
+    with on_device(device):
         return cuda.to_device(np.ascontiguousarray(_bits(array)))
 
 
