@@ -56,8 +56,8 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None, kv
     """
     require_choice(asked, "backend", ("auto", *BACKENDS))
     reasons = {}
-    # GPUs may differ: the arrays' own is asked, if Numba has a driver to ask.
-    with on_device(None if unavailable("simt") else device):
+    # GPUs may differ: the arrays' own is asked, if Numba has a driver to ask. For host memory nobody looks for one.
+    with on_device(None if device is None or unavailable("simt") else device):
         for name in BACKENDS if asked == "auto" else (asked,):
             why = unavailable(name)
             if not why and shape is not None:
