@@ -16,7 +16,8 @@ def main():
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Operators take tensors and numbers: the plan of the step lies here.
+    # Operators take tensors and numbers: the plan of the step lies here. Where torch makes CUDA graphs (mode="reduce-overhead"), leave it
+    # out: replays would go by the tables of the step that was captured, where a call without a plan plans anew in each.
     plan_of = {}
 
     @torch.library.custom_op("mla_numba_example::decode", mutates_args=())
