@@ -247,13 +247,25 @@ def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[
         return new_of_numba
     import cupy
 
-    ordinal, numpy_kinds = like.device, [(tuple(shape), NUMPY_DTYPE[dtype]) for shape, dtype in results]
+    on_its_device, numpy_kinds = _cupy_device(like.device), [(tuple(shape), NUMPY_DTYPE[dtype]) for shape, dtype in results]
 
     def new_of_cupy() -> list[Any]:
-        with cupy.cuda.Device(ordinal):
+        with on_its_device():
             return [cupy.empty(*kind) for kind in numpy_kinds]
 
     return new_of_cupy
+
+
+def _cupy_device(device: int | None) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The function that makes the context manager of CuPy's in which it takes memory of a device.
+
+    Nothing where the device is current: CuPy's own would make it the CUDA runtime's current one as it ends, and if it is so within
+    `on_device` only, the runtime and the driver disagree afterwards.
+    """
+    import cupy
+
+    current, other, same = cupy.cuda.runtime.getDevice, cupy.cuda.Device, contextlib.nullcontext()
+    return lambda: same if current() == device else other(device)
 
 
 def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple[Any, int]]:
@@ -271,10 +283,10 @@ def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple
         else:
             import cupy
 
-            device = like.device
+            on_its_device = _cupy_device(like.device)
 
             def empty(count: int) -> Any:
-                with cupy.cuda.Device(device):
+                with on_its_device():
                     return cupy.empty(count, np.int32)
 
         address = address_of(like.kind)

@@ -189,6 +189,50 @@ def test_a_devices_first_use_leaves_a_threads_contexts_as_they_were(stack, monke
     assert now == stack
 
 
+class _Thread:
+    """A thread's contexts, of devices, as the driver has them, and what the CUDA runtime takes for current: the driver's, if it has one.
+    CuPy's memory is of the driver's, or, as seen on two H200s, of device 0 if none is current."""
+
+    def __init__(self, *contexts):
+        self.contexts, self.runtimes = list(contexts), 0
+        runtime = types.SimpleNamespace(getDevice=lambda: self.contexts[-1] if self.contexts else self.runtimes)
+        self.cupy = types.ModuleType("cupy")
+        self.cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=self._device)
+        self.cupy.empty = lambda *_: types.SimpleNamespace(on=self.contexts[-1] if self.contexts else 0,
+                                                          data=types.SimpleNamespace(ptr=4096))
+
+    def _set(self, device):
+        self.runtimes, self.contexts[-1:] = device, [device]
+
+    @contextlib.contextmanager
+    def _device(self, device):
+        before = self.cupy.cuda.runtime.getDevice()
+        if device != before:
+            self._set(device)
+        yield
+        self._set(before)
+
+    @contextlib.contextmanager
+    def on_device(self, device):
+        self.contexts.append(device)
+        yield
+        assert self.contexts.pop() == device
+
+
+@pytest.mark.parametrize("contexts", [(), (0,), (1,)])
+def test_cupys_memory_is_of_the_device_it_is_asked_for(contexts, monkeypatch):
+    """Of plans, made within `on_device`, and of results, made before it; in a thread that has used a device, or none yet."""
+    thread = _Thread(*contexts)
+    monkeypatch.setitem(sys.modules, "cupy", thread.cupy)
+    like = arrays.ArrayView("q", "cupy", "float32", 4, (2,), (4,), 4096, 1, True, None)
+    words, results = arrays.device_words(like, by_its_library=True), arrays.allocator(like, ((2,), "float32"))
+    for _ in range(2):
+        with thread.on_device(1):
+            assert words(8)[0].on == 1
+        assert [array.on for array in results()] == [1]
+    assert thread.contexts == list(contexts or (0,))
+
+
 def test_mixed_libraries_are_refused():
     inputs = _inputs()
     with pytest.raises(TypeError, match="kv_cache is a dlpack array, but q is a numpy array"):

@@ -126,7 +126,7 @@ class _Library:
         self.module._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: self.stream)
         if guards is not None:
             self.module._C._dynamo = SimpleNamespace(guards=SimpleNamespace(TensorGuards=guards))
-        self.module.cuda = SimpleNamespace(Device=lambda device: nullcontext(),
+        self.module.cuda = SimpleNamespace(Device=lambda device: nullcontext(), runtime=SimpleNamespace(getDevice=lambda: 0),
                                            get_current_stream=lambda device: SimpleNamespace(ptr=self.stream))
 
     def new(self, shape, dtype, strides=None):

@@ -76,6 +76,26 @@ def test_a_process_that_begins_on_the_second_device(name):
     assert "1 passed" in run.stdout, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_thread_that_begins_on_the_second_device(library, backend):
+    """It has used no device before."""
+    case, results = CASES["many pieces"], []
+    tensors = _arrays(case, library.into, 1)
+    expected = [library.back(result) for result in mla_decode(*tensors, backend=backend)]
+
+    def run():
+        for _ in range(2):
+            plan = plan_decode(tensors[3], **_knobs(case), backend=backend)
+            results.append([library.back(result) for result in mla_decode(*tensors, plan=plan, backend=backend)])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(results) == 2
+    for result in results:
+        assert_same_results(result, expected, "a thread of its own")
+
+
 def test_torchs_current_device_does_not_matter():
     """Results are the same, and on the arrays' device, whether that is torch's current one or the other."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
