@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from operator import attrgetter, methodcaller
@@ -385,14 +385,9 @@ def stream_handle(stream: Any, kind: str, device: int | None) -> int:
     raise TypeError(f"stream must be an integer handle or a CUDA stream object, got {type(stream).__name__}")
 
 
-@contextlib.contextmanager
-def on_device(device: int | None) -> Iterator[None]:
-    """Make `device` Numba's current one for the block; nothing to do for host memory."""
-    if device is None:
-        yield
-        return
-    with device_context(device):
-        yield
+def on_device(device: int | None) -> contextlib.AbstractContextManager[Any]:
+    """For blocks in which `device` is Numba's current one; nothing to do for host memory."""
+    return contextlib.nullcontext() if device is None else device_context(device)
 
 
 def _view_torch(tensor: Any, name: str) -> ArrayView:
@@ -437,9 +432,9 @@ def _view_dlpack(array: Any, name: str, stream: Any) -> ArrayView:
     if device_type not in (_DLPACK_CPU, _DLPACK_CUDA):
         raise TypeError(f"{name} is on DLPack device type {int(device_type)}, but must be on the CPU (1) or a CUDA device (2)")
     # The producer must order its work before what the stream does next: 1 is the default stream in DLPack's terms.
+    handle = stream_handle(stream, "dlpack", device_id) or 1
     try:
-        on_stream = dict(stream=stream_handle(stream, "dlpack", device_id) or 1) if device_type == _DLPACK_CUDA else {}
-        capsule = array.__dlpack__(**on_stream)
+        capsule = array.__dlpack__(stream=handle) if device_type == _DLPACK_CUDA else array.__dlpack__()
     except BufferError as error:
         raise TypeError(f"{name} does not let its memory be seen through DLPack: {error}") from error
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer

@@ -6,14 +6,15 @@ from types import ModuleType
 
 from numba import cuda
 
-from .arrays import ArrayView, on_device
+from .arrays import ArrayView
 from .config import DecodeShape
 from .contract import BACKENDS
 from .errors import BackendUnavailable
 from .validate import require_choice
 
-# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. Its schedule_config and its
-# make_schedule may make use of max_seq_len, or not. Its decode may return a `hopper.Launch`, which repeats it for arrays that lie alike;
+# A backend is a module with unavailable, unsupported, schedule_config, make_schedule, decode and merge_states. The first two are told the
+# device of the arrays, as GPUs may differ; None is the current one. Its schedule_config and its make_schedule may make use of max_seq_len,
+# or not. Its decode may return a `hopper.Launch`, which repeats it for arrays that lie alike;
 # else it returns None.
 _MODULES = {"hopper": ".host.hopper", "simt": ".host.simt", "cpu": ".host.cpu"}
 
@@ -23,11 +24,11 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)
 
 
-def unavailable(name: str) -> list[str]:
-    """Why this machine, or the current one of its GPUs, cannot run backend `name`; empty if it can."""
+def unavailable(name: str, device: int | None = None) -> list[str]:
+    """Why this machine, on this GPU or the current one, cannot run backend `name`; empty if it can."""
     if name not in _MODULES:
         return ["this version of mla_numba does not have it yet"]
-    return list(backend_module(name).unavailable())
+    return list(backend_module(name).unavailable(device))
 
 
 def available_backends() -> list[str]:
@@ -56,19 +57,17 @@ def choose_backend(asked: str, shape: DecodeShape | None, device: int | None, kv
     """
     require_choice(asked, "backend", ("auto", *BACKENDS))
     reasons = {}
-    # GPUs may differ: the arrays' own is asked, if Numba has a driver to ask. For host memory nobody looks for one.
-    with on_device(None if device is None or unavailable("simt") else device):
-        for name in BACKENDS if asked == "auto" else (asked,):
-            why = unavailable(name)
-            if not why and shape is not None:
-                why = list(backend_module(name).unsupported(shape))
-                if kv_cache is not None and device is not None:
-                    why += getattr(backend_module(name), "unsupported_layout", lambda _: [])(kv_cache)
-            if name == "cpu" and device is not None:
-                why.append(f"the arrays are on cuda:{device}, and it reads host memory")
-            if asked == "auto" and name != "cpu" and cuda.config.ENABLE_CUDASIM:
-                why.append("the CUDA simulator is slow, and used only when asked for by name")
-            if not why:
-                return name
-            reasons[name] = why
+    for name in BACKENDS if asked == "auto" else (asked,):
+        why = unavailable(name, device)
+        if not why and shape is not None:
+            why = list(backend_module(name).unsupported(shape, device))
+            if kv_cache is not None and device is not None:
+                why += getattr(backend_module(name), "unsupported_layout", lambda _: [])(kv_cache)
+        if name == "cpu" and device is not None:
+            why.append(f"the arrays are on cuda:{device}, and it reads host memory")
+        if asked == "auto" and name != "cpu" and cuda.config.ENABLE_CUDASIM:
+            why.append("the CUDA simulator is slow, and used only when asked for by name")
+        if not why:
+            return name
+        reasons[name] = why
     raise BackendUnavailable(asked, reasons)

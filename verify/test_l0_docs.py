@@ -89,7 +89,7 @@ def test_demo_options(options, capsys):
 
 def test_demo_takes_a_backend_that_can_run_the_call(capsys, monkeypatch):
     """Not the first one of the machine."""
-    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name: ["not today"] if name == "simt" else [])
+    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name, device=None: ["not today"] if name == "simt" else [])
     assert demo.main([*SMALL, "--dtype", "float32"]) == 0
     assert "a decode on cpu" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_demo_says_so_when_the_result_is_wrong(capsys, monkeypatch):
 
 
 def test_demo_says_why_it_cannot_run(capsys, monkeypatch):
-    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name: [f"no {name} today"])
+    monkeypatch.setattr("mla_numba.dispatch.unavailable", lambda name, device=None: [f"no {name} today"])
     assert demo.main([*SMALL, "--backend", "hopper"]) == 2
     assert "backend='hopper' cannot run this call: hopper: no hopper today" in capsys.readouterr().err
     monkeypatch.setattr(np, "__version__", "2.5.1")

@@ -3,7 +3,6 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
-import contextlib
 import shutil
 import struct
 import sys
@@ -123,28 +122,25 @@ def _shape(**changes):
 
 
 def test_arrays_of_a_gpu_that_numba_cannot_use_are_told_why(monkeypatch):
-    monkeypatch.setattr("mla_numba.host.simt.unavailable", lambda: ["no CUDA driver: the reason"])
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", lambda device=None: ["no CUDA driver: the reason"])
     with pytest.raises(BackendUnavailable, match=r"(?s)no CUDA driver: the reason.*the arrays are on cuda:1"):
         dispatch.choose_backend("auto", _shape(), 1)
 
 
 def test_of_gpus_that_differ_the_arrays_own_is_asked(monkeypatch):
-    """An A100 and an H100, whichever is current."""
-    current = [SimpleNamespace(compute_capability=(8, 0)), SimpleNamespace(compute_capability=(9, 0))]
-
-    @contextlib.contextmanager
-    def on_device(device):
-        current.insert(0, current.pop(device))
-        yield
-        current.insert(device, current.pop(0))
-
-    monkeypatch.setattr(dispatch, "on_device", on_device)
-    monkeypatch.setattr(hopper, "cuda", SimpleNamespace(get_current_device=lambda: current[0]))
-    monkeypatch.setattr("mla_numba.host.simt.unavailable", list)
-    monkeypatch.setattr("mla_numba.host.simt.unsupported", lambda shape: [])
-    assert [dispatch.choose_backend("auto", _shape(), device) for device in (0, 1, 0)] == ["simt", "hopper", "simt"]
+    """An A100, which is current, and an H100."""
+    gpus = [SimpleNamespace(compute_capability=(8, 0)), SimpleNamespace(compute_capability=(9, 0))]
+    monkeypatch.setattr(hopper, "cuda", SimpleNamespace(gpus=gpus, get_current_device=lambda: gpus[0]))
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", lambda device=None: [])
+    monkeypatch.setattr("mla_numba.host.simt._device_idx", lambda: 0)
+    monkeypatch.setattr("mla_numba.host.simt._device_limits", lambda device: (108, [163 * 1024, 1024][device], 0))
+    assert [dispatch.choose_backend("auto", _shape(), device) for device in (0, 1)] == ["simt", "hopper"]
+    # Host arrays go to the current one.
+    assert dispatch.choose_backend("auto", _shape(), None) == "simt"
     with pytest.raises(BackendUnavailable, match=r"compute capability 8\.0, and wgmma needs 9\.0"):
         dispatch.choose_backend("hopper", _shape(), 0)
+    with pytest.raises(BackendUnavailable, match="more shared memory than the 1024 bytes"):
+        dispatch.choose_backend("simt", _shape(), 1)
 
 
 @pytest.mark.parametrize(("changes", "reason"), [

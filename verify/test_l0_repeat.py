@@ -33,7 +33,6 @@ from mla_numba import (  # noqa: E402
     StalePlanError,
     api,
     arrays,
-    dispatch,
     flash_mla,
     mla_decode,
     plan_decode,
@@ -41,8 +40,10 @@ from mla_numba import (  # noqa: E402
 )
 from mla_numba.config import DecodeShape  # noqa: E402
 from mla_numba.host import capture, gpu, hopper, hopper_cut, launch  # noqa: E402
-from mla_numba.host.schedule import Schedule  # noqa: E402
+from mla_numba.host.schedule import Schedule, power_of_two  # noqa: E402
+from mla_numba.host.workspaces import Workspaces  # noqa: E402
 from mla_numba.kernels import hopper_config, hopper_decode, hopper_merge  # noqa: E402
+from mla_numba.scheduler import num_partial_slots  # noqa: E402
 
 _BF16 = ml_dtypes.bfloat16
 _BATCH, _HEADS, _PAGES = 2, 16, 4
@@ -219,8 +220,8 @@ class _Run:
         self.copies = []
         monkeypatch.setattr(device, "copy", lambda *arguments: self.copies.append(arguments))
         monkeypatch.setattr(gpu, "gpu", lambda device_idx: device)
-        monkeypatch.setattr(hopper, "unavailable", list)
-        for module in (api, arrays, dispatch):
+        monkeypatch.setattr(hopper, "unavailable", lambda device: [])
+        for module in (api, arrays):
             monkeypatch.setattr(module, "on_device", lambda device_idx: nullcontext())
         self.validated, decode_shape = 0, validate.decode_shape
 
@@ -329,7 +330,6 @@ def _assert_says_where_arrays_are(run, given, results, plan, launches, copies):
 
 @pytest.mark.parametrize("library", ["torch", "torch-guards", "cupy", "numba"])
 @hypothesis.given(calls=st.lists(_CALLS, min_size=2, max_size=8))
-@hypothesis.settings(deadline=None, max_examples=25)
 def test_calls_in_any_order_launch_what_first_ones_do(library, calls):
     """Nothing that a call leaves behind shows in a later one."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -568,8 +568,8 @@ _BAD = {
 
 @pytest.mark.parametrize("case", _BAD)
 def test_a_bad_call_after_good_ones_says_what_is_wrong(run, case, monkeypatch):
-    monkeypatch.setattr("mla_numba.host.simt.unavailable", list)
-    monkeypatch.setattr("mla_numba.host.simt.unsupported", lambda shape: [])
+    monkeypatch.setattr("mla_numba.host.simt.unavailable", lambda device: [])
+    monkeypatch.setattr("mla_numba.host.simt.unsupported", lambda shape, device: [])
     error, match, changes = _BAD[case]
     given = dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
     for _ in range(2):
@@ -635,10 +635,20 @@ def test_a_workspace_that_grows_with_each_step_is_made_a_few_times(monkeypatch):
     _Run("cupy", monkeypatch)
     device = gpu.gpu(0)
     addresses = [device.workspace(needed, 7, "partials") for needed in range(1000, 100_000, 10)]
-    kept = device._memory[7, "partials"]
+    kept = device._workspaces._kept[7, "partials"]
     assert len(set(addresses)) == len(kept) <= 8
-    assert sum(num_floats for num_floats, _, _ in kept) <= 4 * 100_000
+    assert sum(memory.size for memory in kept) <= 4 * 100_000
     assert device.workspace(5000, 7, "partials") == addresses[-1]
+
+
+def test_workspaces_of_batch_invariant_plans_are_four_times_what_is_needed_at_most():
+    """As docs/contract.md says, whatever their pieces begin with."""
+    for begin in (1, 2, 3, 50, 200):
+        workspaces, held = Workspaces(), []
+        for extra_splits in range(begin, 3000):
+            needed = num_partial_slots(extra_splits)
+            workspaces.get("", power_of_two(needed), lambda size, held=held: held.append(size) or SimpleNamespace(size=size))
+            assert sum(held) <= 4 * needed
 
 
 @pytest.mark.parametrize(("stream", "is_shared"), [(7, True), (2, False)])

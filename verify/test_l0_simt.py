@@ -15,6 +15,7 @@ import pytest
 import mla_numba
 from mla_numba.config import DecodeShape
 from mla_numba.host import simt
+from mla_numba.host.workspaces import Workspaces
 from mla_numba.kernels import simt_merge
 from mla_numba.kernels.simt_decode import SIMULATOR, SimtConfig, decode_signature, make_decode_kernel
 from perf.sass import find_tool
@@ -205,11 +206,11 @@ class TestInSimulator:
         with pytest.raises(ValueError, match="batch_invariant=True in a CUDA graph needs a plan made with max_seq_len"):
             _plan(case, batch_invariant=True)
 
-    @pytest.mark.parametrize(("seq_lens", "room_for"), [((8, 3), 0), ((21, 3), 2), ((21, 9), 4), ((40, 3), 4), ((21, 25), 8)])
-    def test_plans_of_about_as_many_pieces_have_equal_slots(self, seq_lens, room_for):
-        """Two for each piece of 8 tokens beyond a request's first one, rounded up, so that not each step of a server needs more."""
+    @pytest.mark.parametrize(("seq_lens", "num_slots"), [((8, 3), 0), ((21, 3), 8), ((21, 9), 8), ((40, 3), 16), ((21, 25), 16)])
+    def test_plans_of_about_as_many_pieces_have_equal_slots(self, seq_lens, num_slots):
+        """Two for each piece of 8 tokens beyond a request's first one, and one, rounded up: not each step of a server needs more."""
         case = MLACase(seq_lens=seq_lens, num_heads_q=2, **TINY)
-        assert _plan(case, batch_invariant=True).schedule.num_slots == (2 * room_for + 1 if room_for else 0)
+        assert _plan(case, batch_invariant=True).schedule.num_slots == num_slots
 
     @pytest.mark.parametrize("page", [-1, 2, 2147480000])
     def test_bad_page_reads_zeros(self, page):
@@ -235,7 +236,7 @@ class TestInSimulator:
 
     def test_a_grown_workspace_leaves_the_former_one(self, monkeypatch):
         """It may be in a captured graph."""
-        monkeypatch.setattr(simt, "_workspaces", {})
+        monkeypatch.setattr(simt, "_workspaces", Workspaces())
         small = weakref.ref(simt._workspace(3, 8, 0, 7))
         assert simt._workspace(2, 8, 0, 7) is small()
         large = simt._workspace(5, 8, 0, 7)

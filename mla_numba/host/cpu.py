@@ -47,7 +47,7 @@ class _Sgemm(types.WrapperAddressProtocol):
 
 
 @cache
-def unavailable() -> list[str]:
+def unavailable(_device: int | None = None) -> list[str]:
     """Why this machine cannot run the backend."""
     try:
         get_cython_function_address(_BLAS_MODULE, "sgemm")
@@ -56,7 +56,7 @@ def unavailable() -> list[str]:
     return []
 
 
-def unsupported(shape: DecodeShape) -> list[str]:
+def unsupported(shape: DecodeShape, _device: int | None = None) -> list[str]:
     """Why this shape cannot run here: there is none that cannot."""
     return []
 

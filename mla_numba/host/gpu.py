@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cuda.bindings import driver
@@ -12,8 +12,9 @@ from ..config import ceil_div
 from .capture import beside_captures
 from .context import current_context, device_context
 from .cubin import checked, load_kernels
-from .launch import Arguments, KernelSpec, Strided, configured, formats, grown_size, numba_stream
+from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
 from .tensor_map import encode
+from .workspaces import Workspaces
 
 # What `extra` of cuLaunchKernelEx says (cuda.h, CU_LAUNCH_PARAM_*).
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2
@@ -67,6 +68,14 @@ class BoundKernel:
         return config
 
 
+class _Memory(NamedTuple):
+    """Floats in device memory."""
+
+    size: int
+    address: int
+    owner: Any
+
+
 class Gpu:
     """One device, whichever the calling thread's current one is. Whoever launches holds a lock: the memory of a bound kernel's arguments is
     shared by all threads."""
@@ -83,8 +92,7 @@ class Gpu:
         self.unfinished: dict[int, int] = {}
         # A map follows from what it is made of: a kept one is never wrong, whatever now lies at its address.
         self.tensor_map = lru_cache(maxsize=_MAX_MAPS)(self._encode)
-        # Memory per (stream, purpose): its floats, its address, its owner. A former, smaller one may be in a captured graph: it is kept.
-        self._memory: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
+        self._workspaces = Workspaces()
 
     def _encode(self, dtype: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
         with self._numba:
@@ -92,20 +100,20 @@ class Gpu:
 
     def workspace(self, num_floats: int, stream: int, purpose: str) -> int:
         """Address of `num_floats` floats, zeros when new, a multiple of 256 bytes; the same memory for the same purpose and `stream`, a
-        `launch.stream_key`."""
-        kept = self._memory.setdefault((stream, purpose), [])
-        if not kept or kept[-1][0] < num_floats:
-            num_floats = grown_size(num_floats, kept[-1][0] if kept else 0)
-            with self._numba, beside_captures():
-                memory = cuda.device_array(num_floats, np.float32)
-                address = int(memory.__cuda_array_interface__["data"][0])
-                # Not on the default stream, which streams that are being captured may wait for.
-                own = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
-                self.clear(address, memory.size, int(own))
-                checked(driver.cuStreamSynchronize(own), "cuStreamSynchronize")
-                checked(driver.cuStreamDestroy(own), "cuStreamDestroy")
-            kept.append((num_floats, address, memory))
-        return kept[-1][1]
+        `stream_key`."""
+        memory: _Memory = self._workspaces.get((stream, purpose), num_floats, self._zeros)
+        return memory.address
+
+    def _zeros(self, num_floats: int) -> _Memory:
+        with self._numba, beside_captures():
+            owner = cuda.device_array(num_floats, np.float32)
+            address = int(owner.__cuda_array_interface__["data"][0])
+            # Not on the default stream, which streams that are being captured may wait for.
+            own = checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "cuStreamCreate")
+            self.clear(address, num_floats, int(own))
+            checked(driver.cuStreamSynchronize(own), "cuStreamSynchronize")
+            checked(driver.cuStreamDestroy(own), "cuStreamDestroy")
+        return _Memory(num_floats, address, owner)
 
     def load(self, *specs: KernelSpec) -> None:
         """Have these kernels ready; together they are sooner."""

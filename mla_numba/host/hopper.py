@@ -17,9 +17,10 @@ from ..scheduler import MERGE_MAX_SHARES
 from . import simt
 from .hopper_cut import is_for_kernels, tiles_of
 from .hopper_cut import schedule_config as schedule_config
-from .launch import ArrayMemory, KernelSpec, Strided, array_words, stream_key
+from .launch import ArrayMemory, KernelSpec, Strided, array_words
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .simt import merge_states as merge_states
+from .workspaces import stream_key
 
 COMPUTE_CAPABILITY = (9, 0)
 # It is given arrays as they are described, not as Numba device arrays.
@@ -30,19 +31,19 @@ _MAX_KEPT = 256
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 
-def unavailable() -> list[str]:
-    """Why this machine, or the current one of its GPUs, cannot run the backend."""
+def unavailable(device: int | None = None) -> list[str]:
+    """Why this machine, on this GPU or the current one, cannot run the backend."""
     if simt.SIMULATOR:
         return ["the CUDA simulator has neither TMA nor wgmma"]
     reasons = simt.unavailable()
     if not reasons:
-        capability = cuda.get_current_device().compute_capability
+        capability = (cuda.get_current_device() if device is None else cuda.gpus[device]).compute_capability
         if tuple(capability) != COMPUTE_CAPABILITY:
             reasons = [f"the GPU has compute capability {capability[0]}.{capability[1]}, and wgmma needs 9.0"]
     return reasons
 
 
-def unsupported(shape: DecodeShape) -> list[str]:
+def unsupported(shape: DecodeShape, _device: int | None = None) -> list[str]:
     """Why this shape cannot run here."""
     reasons = []
     if (shape.head_dim_qk, shape.head_dim_v) != (HEAD_DIM_QK, HEAD_DIM_V):

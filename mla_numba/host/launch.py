@@ -3,7 +3,6 @@
 import importlib
 import math
 import struct
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from numba.cuda.core.errors import NumbaPerformanceWarning
 
 # struct's letters for the types of a kernel's arguments; tuples are of words, as bytes, arrays are what `array_words` makes of them.
 _LETTERS = {"int32": "i", "int64": "q", "uint64": "Q", "float32": "f"}
-# cuda.h, CU_STREAM_PER_THREAD.
-_PER_THREAD_STREAM = 2
 
 
 class ArrayMemory(Protocol):
@@ -133,17 +130,6 @@ class Arguments:
 def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """What Numba's kernels take for an array of int32: two owners, size, bytes of an element, address, shape, strides."""
     return 0, 0, math.prod(shape), 4, address, *shape, *strides
-
-
-def grown_size(needed: int, former: int) -> int:
-    """Of a workspace that takes the place of one that has become too small, and is kept: batch-invariant plans need a little more with each
-    1,024 tokens, and all that is kept is to be a few times what is needed, not the sum of each step's."""
-    return max(needed, 2 * former, 1)
-
-
-def stream_key(handle: int) -> int:
-    """What tells a stream from all others: its handle, but of CUDA's per-thread default stream, which is another one in each thread."""
-    return handle if handle != _PER_THREAD_STREAM else ~threading.get_ident()
 
 
 def numba_stream(handle: int) -> Any:

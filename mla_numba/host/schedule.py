@@ -110,6 +110,12 @@ def _max_extra_splits(config: ScheduleConfig, shape: DecodeShape) -> int | None:
     return config.max_jobs(shape) * (ceil_div(config.max_cut_blocks, config.split_blocks) - 1)
 
 
+def power_of_two(num_slots: int) -> int:
+    """So many slots or more, so that steps whose requests grow share a workspace, and calls that were prepared for it. (And one that takes
+    the place of another is as much larger as it would be made in any case.)"""
+    return 1 << (num_slots - 1).bit_length() if num_slots > 0 else 0
+
+
 def _is_capturing(stream: int) -> bool:
     # The bindings of the driver are imported only where there is one.
     if cuda.config.ENABLE_CUDASIM:
@@ -139,7 +145,5 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     build(schedule)
     if extra_splits is None:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
-        # Of a power of two, so that steps whose requests grow share a workspace, and calls that were prepared for it.
-        extra_splits = 1 << (extra_splits - 1).bit_length() if extra_splits > 0 else 0
-        schedule = replace(schedule, num_slots=num_partial_slots(extra_splits))
+        schedule = replace(schedule, num_slots=power_of_two(num_partial_slots(extra_splits)))
     return schedule

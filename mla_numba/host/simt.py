@@ -16,23 +16,23 @@ from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..kernels import simt_merge
 from ..kernels.simt_decode import SIMULATOR, STORAGE, SimtConfig, decode_signature, make_decode_kernel
-from .launch import configured, grown_size, numba_stream, stream_key
+from .launch import configured, numba_stream
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
+from .workspaces import Workspaces, stream_key
 
 # Tokens that a piece of a split request has at least.
 _MIN_SPLIT_TOKENS = 128
 # Thread blocks of the merge walk the job table, so that 20,000 requests need no 20,000 x rows of them.
 _MAX_MERGE_BLOCKS = 1024
 
-# Partial results per (device, stream), kept from call to call: calls on one stream run one after the other. Former, smaller ones may be in
-# a captured graph: they are kept, too.
-_workspaces: dict[tuple[int, int], list[Any]] = {}
+# Partial results per (device, stream), from call to call: calls on one stream run one after the other.
+_workspaces = Workspaces()
 # Held from the decode launch to the merge launch: another thread's decode on the same stream must not come between them.
 _launch_lock = threading.Lock()
 
 
 @cache
-def unavailable() -> list[str]:
+def unavailable(_device: int | None = None) -> list[str]:
     """Why this machine cannot run the backend."""
     if SIMULATOR:
         return []
@@ -86,9 +86,9 @@ def _config(shape: DecodeShape) -> SimtConfig:
     return config
 
 
-def unsupported(shape: DecodeShape) -> list[str]:
-    """Why this shape cannot run here."""
-    smem_limit = _device_limits(_device_idx())[1]
+def unsupported(shape: DecodeShape, device: int | None = None) -> list[str]:
+    """Why this shape cannot run on the device, or the current one."""
+    smem_limit = _device_limits(_device_idx() if device is None else device)[1]
     if choose_config(shape, smem_limit) is None:
         return [f"head_dim_qk={shape.head_dim_qk} needs more shared memory than the {smem_limit} bytes of a thread block on this device"]
     return []
@@ -173,11 +173,12 @@ def _flat(array: Any) -> tuple[Any, int, tuple[int, ...]]:
 def _workspace(num_rows: int, head_dim_v: int, device_idx: int, stream: int) -> Any:
     """Room for `num_rows` partial rows and their lse2, uninitialised."""
     num_floats = max(num_rows, 1) * (head_dim_v + 1)
-    kept = _workspaces.setdefault((device_idx, stream_key(stream)), [])
-    if not kept or kept[-1].size < num_floats:
-        with _beside_captures():
-            kept.append(cuda.device_array(grown_size(num_floats, kept[-1].size if kept else 0), np.float32))
-    return kept[-1]
+    return _workspaces.get((device_idx, stream_key(stream)), num_floats, _floats)
+
+
+def _floats(count: int) -> Any:
+    with _beside_captures():
+        return cuda.device_array(count, np.float32)
 
 
 def _beside_captures() -> contextlib.AbstractContextManager[None]:
