@@ -60,7 +60,7 @@ class Plan:
     @cached_property
     def _prepared(self) -> "list[_PreparedCall]":
         """What calls with plans for the same shape have prepared, the last one first."""
-        return _prepared_calls(self.backend, self.shape, self.device, self.schedule.config, self.schedule.num_slots)
+        return _prepared_calls(self.backend, self.shape, self.device, self.schedule.config, self.schedule.extra_splits)
 
 
 @lru_cache(maxsize=_MAX_SHAPES)

@@ -71,10 +71,10 @@ MAX_TRIALS = 8
 MOST_SINGLE_BLOCKS = 64
 
 
-def num_partial_slots(extra_splits: int) -> int:
+def num_partial_slots(extra_splits: int, num_jobs: int) -> int:
     """Slots of the partial-result workspace that `slot_of` can name when there are `extra_splits` pieces beyond one per job, and behind
     them the one that a rehearsal fills."""
-    return 2 * extra_splits + 1 if extra_splits > 0 else 0
+    return extra_splits + min(extra_splits, num_jobs) + 1 if extra_splits > 0 else 0
 
 
 def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural: Callable[[Any], Any] = int, lanes: int = 1,
@@ -107,9 +107,10 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
 
     @jit
     def slot_of(num_splits, job, split):
-        """Workspace slot of a piece. Only split jobs use slots: E = num_splits[job] - job extra pieces lie before the job, and
-        2 E + split never meets the next split job's, whose E is larger by at least splits - 1."""
-        return 2 * (num_splits[job] - job) + split
+        """Workspace slot of a piece. Only split jobs use slots, and before the job no more can be split than there are jobs, or extra
+        pieces: the next split job's slots begin behind this one's, as its number is larger and its extra pieces are by splits - 1."""
+        extra = num_splits[job] - job
+        return extra + min(extra, job) + split
 
     @jit
     def _q_range(request, cu_seqlens_q, seq_len_q, total_q):
@@ -426,6 +427,6 @@ def make_scheduler(jit: Callable[[Any], Any], sync: Callable[[], None], natural:
                 starts[worker, column] = jobs[job, column] if job < num_jobs else 0
             if job == num_jobs and (total_merges == 0 or worker == num_workers - 1):
                 _fill_rehearsal(starts, worker, (num_workers - worker) % 2 * REHEARSAL_BLOCKS, 0 if total_merges > 0 else 1,
-                                2 * total_extra, block_n)
+                                total_extra + min(total_extra, num_jobs), block_n)
 
     return SimpleNamespace(visible_tokens=visible_tokens, piece_end=piece_end, slot_of=slot_of, build=build)

@@ -124,7 +124,7 @@ def _check(schedule, shape):
     assert next(rows, None) is None
     if config.merge_alone_parts == 8 and config.merge_share_parts >= 4:
         # What hopper sizes the merge's grid by.
-        assert schedule.totals[TOTAL_MERGES] <= min(schedule.num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
+        assert schedule.totals[TOTAL_MERGES] <= min(schedule.extra_splits // 2, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     if not config.split_blocks:
         assert schedule.totals[TOTAL_EXTRA_SPLITS] < config.num_workers
     assert schedule.num_splits[num_jobs] == num_jobs + schedule.totals[TOTAL_EXTRA_SPLITS]

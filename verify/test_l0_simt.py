@@ -200,15 +200,16 @@ class TestInSimulator:
         monkeypatch.setattr("mla_numba.host.schedule._is_capturing", lambda stream: True)
         case = MLACase(seq_lens=(21, 3, 17, 0, 16), num_heads_q=2, values="falling", **TINY)
         schedule = _plan(case, batch_invariant=True, max_seq_len=17).schedule
-        # Pieces are of 8 tokens here, and of 17 there are 3; two places for each beyond the first one of a job, and one for a rehearsal.
-        assert np.diff(schedule.num_splits.copy_to_host()).tolist() == [1, 1, 3, 1, 2] and schedule.num_slots == 5 * 2 * 2 + 1
+        # Pieces are of 8 tokens here, and of 17 there are 3, each of which has a place; and there is one for a rehearsal.
+        assert np.diff(schedule.num_splits.copy_to_host()).tolist() == [1, 1, 3, 1, 2] and schedule.num_slots == 5 * 3 + 1
         _check(case, _decode(case, batch_invariant=True, max_seq_len=17))
         with pytest.raises(ValueError, match="batch_invariant=True in a CUDA graph needs a plan made with max_seq_len"):
             _plan(case, batch_invariant=True)
 
-    @pytest.mark.parametrize(("seq_lens", "num_slots"), [((8, 3), 0), ((21, 3), 8), ((21, 9), 8), ((40, 3), 16), ((21, 25), 16)])
+    @pytest.mark.parametrize(("seq_lens", "num_slots"), [((8, 3), 0), ((21, 3), 5), ((21, 9), 6), ((140, 3), 21), ((145, 3), 21),
+                                                         ((140, 11), 21), ((155, 3), 23)])
     def test_plans_of_about_as_many_pieces_have_equal_slots(self, seq_lens, num_slots):
-        """Two for each piece of 8 tokens beyond a request's first one, and one, rounded up: not each step of a server needs more."""
+        """One for each piece of 8 tokens beyond a request's first one, of many some more; for the first ones; and for a rehearsal."""
         case = MLACase(seq_lens=seq_lens, num_heads_q=2, **TINY)
         assert _plan(case, batch_invariant=True).schedule.num_slots == num_slots
 

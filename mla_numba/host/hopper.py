@@ -243,7 +243,7 @@ def prepare(shape: DecodeShape, schedule: Schedule, q: ArrayMemory, kv_cache: Ar
     row_groups = ceil_div(rows_per_job if shape.ragged else min(rows_per_job, shape.seq_len_q * heads_per_kv), ITEM_ROWS)
     # A job has two pieces beyond the first for each row that it has in the merge table, or more, if a share has four. Where shares are
     # smaller a thread block may have several rows: it goes on to the next.
-    merge_rows = min(num_slots // 4, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
+    merge_rows = min(schedule.extra_splits // 2, schedule.config.max_jobs(shape) * MERGE_MAX_SHARES)
     merge_items = ITEMS_PER_GROUP * row_groups
     merge_rows = max(1, min(merge_rows, blocks_per_sm(num_rows) * device.num_sms // (merge_items * num_kv_heads)))
     num_requests, max_pages = block_table.shape

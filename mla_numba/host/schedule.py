@@ -45,7 +45,7 @@ class Schedule:
     memory: Any                                         # NumPy's, or in device memory
     places: dict[str, tuple[int, tuple[int, ...]]]      # where in `memory` each table begins, its shape
     addresses: dict[str, int]                           # of the tables, in device memory
-    num_slots: int                                      # partial results the workspace must hold
+    extra_splits: int                                   # pieces beyond one per job, no more than which the lengths can make
 
     jobs = _table("jobs")               # (max_jobs, JOB_COLUMNS)
     workers = _table("workers")         # (num_workers, WORKER_COLUMNS)
@@ -53,6 +53,12 @@ class Schedule:
     starts = _table("starts")           # (num_workers, JOB_COLUMNS)
     merges = _table("merges")           # (max_jobs * MERGE_MAX_SHARES, MERGE_COLUMNS), of which the first totals[TOTAL_MERGES] are written
     totals = _table("totals")           # (NUM_TOTALS,)
+
+    @property
+    def num_slots(self) -> int:
+        """Partial results that the workspace must hold."""
+        _, (max_jobs, _) = self.places["jobs"]
+        return num_partial_slots(self.extra_splits, max_jobs)
 
     def table(self, name: str) -> Any:
         """As a NumPy or Numba device array."""
@@ -98,7 +104,7 @@ def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
     _build_on_host(0, 1, [0], seq_lens.astype(np.int64), cu_seqlens.astype(np.int64), *build_arguments(config, shape),
                    *map(schedule.table, places))
-    return replace(schedule, num_slots=num_partial_slots(int(schedule.totals[TOTAL_EXTRA_SPLITS])))
+    return replace(schedule, extra_splits=int(schedule.totals[TOTAL_EXTRA_SPLITS]))
 
 
 def _max_extra_splits(config: ScheduleConfig, shape: DecodeShape) -> int | None:
@@ -110,10 +116,10 @@ def _max_extra_splits(config: ScheduleConfig, shape: DecodeShape) -> int | None:
     return config.max_jobs(shape) * (ceil_div(config.max_cut_blocks, config.split_blocks) - 1)
 
 
-def power_of_two(num_slots: int) -> int:
-    """So many slots or more, so that steps whose requests grow share a workspace, and calls that were prepared for it. (And one that takes
-    the place of another is as much larger as it would be made in any case.)"""
-    return 1 << (num_slots - 1).bit_length() if num_slots > 0 else 0
+def rounded_up(extra_splits: int) -> int:
+    """To four bits, so that steps whose requests grow share a workspace, and calls that were prepared for it."""
+    unit = 1 << max(extra_splits.bit_length() - 4, 0)
+    return ceil_div(extra_splits, unit) * unit
 
 
 def _is_capturing(stream: int) -> bool:
@@ -141,9 +147,9 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
     extra_splits = _max_extra_splits(config, shape)
-    schedule = Schedule(config, memory, places, addresses, num_partial_slots(extra_splits or 0))
+    schedule = Schedule(config, memory, places, addresses, extra_splits or 0)
     build(schedule)
     if extra_splits is None:
         extra_splits = int(schedule.totals.copy_to_host(stream=numba_stream(stream))[TOTAL_EXTRA_SPLITS])
-        schedule = replace(schedule, num_slots=power_of_two(num_partial_slots(extra_splits)))
+        schedule = replace(schedule, extra_splits=rounded_up(extra_splits))
     return schedule
