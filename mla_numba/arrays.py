@@ -214,27 +214,13 @@ def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[
         kinds = [(tuple(shape), tuple(math.prod(shape[i + 1:]) for i in range(len(shape))), getattr(torch, dtype))
                  for shape, dtype in results]
 
-        def anywhere(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        empty_now = _torch_empty(like.owner.device, like.device)
 
-        def new_anywhere() -> list[Any]:
-            return [anywhere(*kind) for kind in kinds]
-
-        device, index = like.owner.device, like.device
-        if index is None:
-            return new_anywhere
-        try:
-            # What code made by torch.compile calls, on the current device: 2.2 us; torch.empty_strided takes 3.7, torch.empty 5.6 (H200's
-            # host, torch 2.11).
-            here, current = torch._C._dynamo.guards._empty_strided_cuda, torch._C._cuda_getDevice
-        except AttributeError:
-            return new_anywhere
-
-        def new() -> list[Any]:
-            empty = here if current() == index else anywhere
+        def new_of_torch() -> list[Any]:
+            empty = empty_now()
             return [empty(*kind) for kind in kinds]
 
-        return new
+        return new_of_torch
     if like.kind == "numba":
         from numba import cuda
 
@@ -254,6 +240,22 @@ def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[
             return [cupy.empty(*kind) for kind in numpy_kinds]
 
     return new_of_cupy
+
+
+def _torch_empty(device: Any, index: int | None) -> Callable[[], Callable[..., Any]]:
+    """The function that tells by what torch makes a tensor of (shape, strides, dtype) on a device soonest, whichever is current now."""
+    torch = sys.modules["torch"]
+
+    def anywhere(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    try:
+        # What code made by torch.compile calls, on the current device: 2.2 us; torch.empty_strided takes 3.7, torch.empty 5.6 (H200's host,
+        # torch 2.11).
+        here, current = torch._C._dynamo.guards._empty_strided_cuda, torch._C._cuda_getDevice
+    except AttributeError:
+        return lambda: anywhere
+    return lambda: here if index is not None and current() == index else anywhere
 
 
 def _cupy_device(device: int | None) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -277,9 +279,10 @@ def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple
     if by_its_library and like.device is not None and like.kind in ("torch", "cupy"):
         empty: Callable[[int], Any]
         if like.kind == "torch":
-            import torch
+            empty_now, int32 = _torch_empty(like.owner.device, like.device), sys.modules["torch"].int32
 
-            empty = partial(torch.empty, dtype=torch.int32, device=like.owner.device)
+            def empty(count: int) -> Any:
+                return empty_now()((count,), (1,), int32)
         else:
             import cupy
 

@@ -125,10 +125,10 @@ class Gpu:
                 self._kernels[spec] = function, formats(spec.types())
 
     def _bind(self, spec: KernelSpec, grid: tuple[int, int, int], *arguments: Any) -> BoundKernel:
-        """A kernel to be launched by `launch_bound`; of its arguments those that are None, all if none is given, are set before."""
+        """A kernel to be launched by `launch_bound`; of its arguments those that are None are set before."""
         self.load(spec)
         function, letters = self._kernels[spec]
-        return BoundKernel(function, spec, grid, letters, arguments or (None,) * len(letters))
+        return BoundKernel(function, spec, grid, letters, arguments)
 
     def launch_bound(self, stream: int, *kernels: BoundKernel) -> None:
         """Launch kernels one behind the other; one that waits itself may start before the one ahead of it in the stream has ended."""
@@ -142,13 +142,6 @@ class Gpu:
         finally:
             if not is_current:
                 checked(driver.cuCtxPopCurrent(), "cuCtxPopCurrent")
-
-    def launch(self, spec: KernelSpec, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
-        """Launch a kernel with these arguments."""
-        kernel = self.bind(spec, grid)
-        (put,) = kernel.setters
-        put(*arguments)
-        self.launch_bound(stream, kernel)
 
     def copy(self, destination: Strided, source: Strided, stream: int) -> None:
         num_blocks = min(1024, ceil_div(int(np.prod(source.shape)), 256))

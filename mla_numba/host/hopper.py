@@ -18,7 +18,7 @@ from . import simt
 from .hopper_cut import is_for_kernels, tiles_of
 from .hopper_cut import schedule_config as schedule_config
 from .launch import ArrayMemory, KernelSpec, Strided, array_words
-from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
+from .schedule import NewWords, Schedule, build_arguments, layout, make_device_schedule
 from .simt import merge_states as merge_states
 from .workspaces import stream_key
 
@@ -67,27 +67,31 @@ def make_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: ArrayMem
     from .gpu import gpu
 
     device = gpu(seq_lens.device or 0)
-    if is_for_kernels(config):
-        # Not a plan that is only looked at (flash_mla): its decode comes next.
-        row_tiles, num_rows = tiles_of(config)
-        # The first one takes as long to compile as the others (`compile_kernels`), of which the one that is linked soonest comes last.
-        device.load(decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), schedule_spec(), merge_spec(shape.dtype, num_rows))
-    offsets = seq_lens if cu_seqlens_q is None else cu_seqlens_q
-    lengths = [word for array in (seq_lens, offsets) for word in array_words(array.pointer, array.shape, array.strides)]
+    lengths = seq_lens, seq_lens if cu_seqlens_q is None else cu_seqlens_q
+    layouts = [(array.shape, array.strides) for array in lengths]
 
     def build(schedule: Schedule) -> None:
-        tables = [word for name, (_, size) in schedule.places.items()
-                  for word in array_words(schedule.addresses[name], size, _int32_strides(size))]
+        kernel = _plan_kernel(device, schedule.config, shape, *layouts)
         with _launch_lock:
-            device.launch(schedule_spec(), (1, 1, 1), stream, *lengths, *build_arguments(schedule.config, shape), *tables)
+            for put, address in zip(kernel.setters, (*[array.pointer for array in lengths], *schedule.addresses.values()), strict=True):
+                put(address)
+            device.launch_bound(stream, kernel)
 
     return make_device_schedule(config, shape, new_words, build, stream, max_seq_len)
 
 
 @lru_cache(maxsize=_MAX_KEPT)
-def _int32_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Byte strides of int32 in C order."""
-    return tuple(4 * math.prod(shape[i + 1:]) for i in range(len(shape)))
+def _plan_kernel(device: Any, config: ScheduleConfig, shape: DecodeShape, *lengths: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
+    """What fills a schedule, of which the addresses of `lengths`, that are so long with such strides, and of the tables are to be set."""
+    if is_for_kernels(config):
+        # Not a plan that is only looked at (flash_mla): its decode comes next.
+        row_tiles, num_rows = tiles_of(config)
+        # The first one takes as long to compile as the others (`compile_kernels`), of which the one that is linked soonest comes last.
+        device.load(decode_spec(shape.dtype, shape.page_size, row_tiles, num_rows), schedule_spec(), merge_spec(shape.dtype, num_rows))
+    places, _ = layout(config, shape)
+    tables = [(size, tuple(4 * math.prod(size[i + 1:]) for i in range(len(size)))) for _, size in places.values()]
+    before, behind = ([word for array in arrays for word in array_words(None, *array)] for arrays in (lengths, tables))
+    return device.bind(schedule_spec(), (1, 1, 1), *before, *build_arguments(config, shape), *behind)
 
 
 class Bound(Protocol):

@@ -127,7 +127,7 @@ class Arguments:
             behind += "".join(run_letters)
 
 
-def array_words(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+def array_words(address: int | None, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int | None, ...]:
     """What Numba's kernels take for an array of int32: two owners, size, bytes of an element, address, shape, strides."""
     return 0, 0, math.prod(shape), 4, address, *shape, *strides
 

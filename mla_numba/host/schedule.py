@@ -70,7 +70,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=256)
-def _layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
+def layout(config: ScheduleConfig, shape: DecodeShape) -> tuple[dict[str, tuple[int, tuple[int, ...]]], int]:
     """`Schedule.places`, in the order of `scheduler.build`'s last arguments, and how many int32 they take."""
     max_jobs = config.max_jobs(shape)
     shapes = {"jobs": (max_jobs, JOB_COLUMNS), "axis": (max_jobs + 1,), "trials": (MAX_TRIALS, config.num_workers),
@@ -98,7 +98,7 @@ def build_arguments(config: ScheduleConfig, shape: DecodeShape) -> tuple[int, ..
 
 def make_host_schedule(config: ScheduleConfig, shape: DecodeShape, seq_lens: np.ndarray, cu_seqlens_q: np.ndarray | None) -> Schedule:
     """Plain Python, no compilation: with 132 workers 3 ms for 32 requests, 0.3 s for 20,000 (a virtual Xeon)."""
-    places, num_words = _layout(config, shape)
+    places, num_words = layout(config, shape)
     schedule = Schedule(config, np.zeros(num_words, np.int32), places, {}, 0)
     cu_seqlens = np.zeros(1, np.int32) if cu_seqlens_q is None else cu_seqlens_q
     # int64, so that rounding a length up to blocks cannot overflow as NumPy's int32 would.
@@ -143,7 +143,7 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
             raise ValueError("batch_invariant=True in a CUDA graph needs a plan made with max_seq_len, got none: the workspace must "
                              "suffice for the lengths of every replay")
         config = replace(config, max_cut_blocks=max(ceil_div(max_seq_len, config.block_n), 1))
-    places, num_words = _layout(config, shape)
+    places, num_words = layout(config, shape)
     memory, address = new_words(num_words)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
     extra_splits = _max_extra_splits(config, shape)
