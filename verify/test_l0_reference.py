@@ -16,6 +16,8 @@ from reference.rounding import mla_decode_emulated, round_to
 from verify.checks import assert_within
 from verify.tolerances import decode_bounds, float64_error
 
+pytestmark = pytest.mark.l0
+
 
 def cache_of(tokens, page_size=1):
     """A cache of one KV head whose pages hold the rows of `tokens` in order, and the table row that names them."""

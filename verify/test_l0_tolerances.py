@@ -23,6 +23,8 @@ from verify.tolerances import (
     worst_ratio,
 )
 
+pytestmark = pytest.mark.l0
+
 DTYPES = ("bfloat16", "float16", "float32")
 REGIMES = ("normal", "uniform", "one_hot", "rising", "falling", "alternating", "offset", "tiny_values")
 PAGE_SIZE = 16

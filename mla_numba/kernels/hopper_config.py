@@ -54,7 +54,7 @@ K_STEPS = 4                             # wgmma of 16 along a tile's 64 columns,
 NUM_CONSUMERS = 256
 NUM_WARPS = NUM_CONSUMERS // 32         # of consumers, each with 16 rows and half of the columns of O
 NUM_THREADS = NUM_CONSUMERS + 128
-# 65,536 registers: 232 x 256 + 40 x 128.
+# An SM has 65,536 registers; a block begins with 168 x 384 = 64,512 of them, which become 232 x 256 + 40 x 128.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 
 # A warp's part of a partial O, as its registers hold it: 32 strips of 16 rows x 8 columns, 16 bytes a lane. (hopper_part's take three
@@ -117,7 +117,7 @@ Problem = namedtuple("Problem", "heads_per_kv causal scale_log2e")
 # The arrays that a launch reads; strides in bytes.
 Tables = namedtuple("Tables", "block_table row_stride column_stride max_pages num_requests cache jobs workers starts split_blocks")
 # Addresses of the tensor maps. They are parameters of the kernel, of so many words each, behind so many others: TMA wants them at multiples
-# of 64 bytes, and the first parameter lies at one and 16 (sm_90).
+# of 64 bytes, and the first parameter lies 16 bytes behind one (sm_90), so that six words of 8 bytes fill up to the next.
 Maps = namedtuple("Maps", "q left right")
 MAP_WORDS, FIRST_MAP = 16, 6
 # The cache itself, for prefetches.

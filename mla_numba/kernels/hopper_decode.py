@@ -19,7 +19,7 @@ Who waits for whom (see the table in docs/kernel.md; one line each where it happ
     empty[buffer][side]   the 4 warps of the side's last reader -> producer; side 0, left, is tiles 0-3, side 1, right, is tiles 4-8
                           In a cluster each producer loads half a side for both blocks: 4 warps of both -> both producers
     q_full, q_empty       producer (piece and Q) -> 8 consumer warps; 8 consumer warps -> producer; one phase a piece
-    P0_FREE, P0_STORED, P1_STORED, S0_ASKED, SUMS    named barriers of the 256 consumers
+    P0_FREE, P0_STORED, P1_STORED, S0_ASKED, SUMS    named barriers of the 256 consumers; WARPGROUP + 0, + 1 of 128 each
     MBARRIERS_MADE        warpgroup 2 -> consumers, once (in a cluster its barrier)
 
 This file is the kernel and its walk over the pieces. hopper_load brings the tiles, hopper_products multiplies, hopper_softmax is in

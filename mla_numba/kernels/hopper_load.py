@@ -1,7 +1,7 @@
 """The producer of `hopper_decode`: one warp that walks the worker's pieces and keeps both K buffers as full as their readers allow.
 
-All lanes look up pages, 32 at a time, and wait; lane 0 loads, but not before all lanes have seen the phase that they wait for: one that
-came late would find the phase after it, and wait for ever.
+All lanes look up pages, 32 at a time, and wait; lane 0 loads (0 to 7, if pages are under 64 tokens, eight tokens each), but not before all
+lanes have seen the phase that they wait for: one that came late would find the phase after it, and wait for ever.
 """
 
 from collections import namedtuple
@@ -294,7 +294,7 @@ def make_producer(config: HopperConfig) -> Callable[..., None]:
                         turns = u32(turns ^ u32(1 << 1))
                     turns = u32(turns ^ u32(1 << 0))
                     if PREFETCHES:
-                        # The next pair: farther ones would leave L2 again before they are loaded.
+                        # The pair behind this one: farther ones would leave L2 again before they are loaded.
                         prefetch(tables.cache, kv_head, i32(block + 2), min(stop, i32(block + 4)), pages, lane)
                     block = i32(block + 2)
                 # Of a piece of an even number of blocks Q is free after K's buffers, else before.

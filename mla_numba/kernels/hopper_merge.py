@@ -92,7 +92,7 @@ ITEMS_PER_GROUP = 2 * ITEMS_PER_HALF
 # Parts that a warp loads at a time: their latencies overlap.
 UNROLL = 4
 BATCH, BATCH_WORDS, BATCH_STATES = UNROLL * PAIR * 4, UNROLL * PAIR_WORDS, UNROLL * 4
-# What a lane hands to the first warp of its pair: maximum and sum of two rows, four columns of O in each strip.
+# What a lane hands to the first warp of its pair: maximum and sum of two rows, four floats of O in each strip.
 O_STATE = 4
 O_FLOATS = 4 * PAIR
 STATE_FLOATS = O_STATE + O_FLOATS

@@ -78,7 +78,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
 
         # O_left += P1 V1, and S of the next even block.
         if left > 1:
-            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and scale are there.
+            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1, maximum and scale are there.
             ptx.bar_sync(u32(P1_STORED), u32(NUM_CONSUMERS))
             follow_max(regs, at, SCALE1_SMEM, True)
             if left > 2:
@@ -117,7 +117,7 @@ def make_seesaw(products: SimpleNamespace, softmax: SimpleNamespace, release_q: 
 
             # P1 for warpgroup 0.
             store_p(regs.p_rmem, base + u32(P1_SMEM), at)
-            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and scale are there.
+            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1, maximum and scale are there.
             ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))
             wait_all()
             o_fence(o_rmem)

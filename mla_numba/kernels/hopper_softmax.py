@@ -100,7 +100,7 @@ def make_softmax(config: HopperConfig) -> SimpleNamespace:
 
     @inline
     def rescale(o_rmem, factor_a, factor_b, has_o):
-        """O *= factor, by row; not if no row of the warp needs it, nor before a piece's first product, where O is 0."""
+        """O *= factor, by row; not if no row of the warp needs it, nor before a piece's first product, where there is no O."""
         if cuda.any_sync(0xFFFFFFFF, (factor_a != f32(1) or factor_b != f32(1)) and has_o):
             for i in range(32):
                 o_rmem[4 * i] *= factor_a

@@ -236,10 +236,10 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         release_q(base, lane, words, False)
-        # A warp without rows goes to the end of a piece that may have to be merged here, and makes the code near for those that have some
-        # (2 us of 43, H100); it keeps away from that of others (3 us of 27).
-        is_pair = 0 < num_parts < MERGE_LEAST_PARTS
-        is_last = is_pair
+        # No merge kernel follows where a job is whole, or in two pieces. A warp without rows goes to the end of such a piece, too, and makes
+        # the code near for those that have some (2 us of 43, H100); it keeps away from that of others (3 us of 27).
+        ends_here = 0 < num_parts < MERGE_LEAST_PARTS
+        is_last = ends_here
         counter, o_part, state_part = u64(0), u64(0), u64(0)
         # A rehearsal's job is in no parts: its O goes to a slot that nobody reads.
         is_rehearsal = num_parts == 0
@@ -254,7 +254,7 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
             counter = partials.counters + u64(u32(first_part * u32(NUM_WARPS)) + warp) * u64(4)
             o_part = partials.o + u64(u32(part * u32(NUM_WARPS)) + warp) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
             state_part = partials.states + u64(u32(part * u32(2)) + wg) * u64(STATE_BYTES) + u64(tile_row * u32(4))
-            if is_pair:
+            if ends_here:
                 is_last = claim(counter, lane) > 0
                 if not is_last:
                     store_o(regs.o_rmem, o_part)

@@ -141,8 +141,9 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(lane & u32(NUM_ROWS - 1)))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         release_q(base, lane, words, False)
-        is_pair = 0 < num_parts < MERGE_LEAST_PARTS
-        is_last = is_pair
+        # No merge kernel follows where a job is whole, or in two pieces.
+        ends_here = 0 < num_parts < MERGE_LEAST_PARTS
+        is_last = ends_here
         counter, o_part, state_part = u64(0), u64(0), u64(0)
         # A rehearsal's job is in no parts: its O goes to a slot that nobody reads.
         is_rehearsal = num_parts == 0
@@ -152,11 +153,11 @@ def make_swapped_store(config: HopperConfig, store: SimpleNamespace) -> tuple[Ca
             first_part = u32(u32(u32(ptx.ld_shared_i32(words + u32(PIECE_FIRST_SLOT))) * step) + u32(cuda.blockIdx.z))
             part_warp = u32(u32(u32(first_part + u32(split * step)) * u32(NUM_WARPS)) + warp)
             # The warps of a warpgroup, which the merge waits for together, count up one word; a pair's warps have one each.
-            word = warp if is_pair else warp & u32(NUM_WARPS // 2)
+            word = warp if ends_here else warp & u32(NUM_WARPS // 2)
             counter = partials.counters + u64(u32(u32(first_part * u32(NUM_WARPS)) + word)) * u64(4)
             o_part = partials.o + u64(part_warp) * u64(WARP_PART_BYTES) + u64(lane * u32(16))
             state_part = partials.states + u64(part_warp) * u64(2 * ROW_BYTES) + u64((lane & u32(NUM_ROWS - 1)) * u32(4))
-            if is_pair:
+            if ends_here:
                 is_last = claim(counter, lane) > 0
                 if not is_last:
                     store_tile(regs.o_rmem.t0, o_part)

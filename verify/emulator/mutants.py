@@ -98,7 +98,7 @@ _P0_STORED = "        store_p(regs.p_rmem, base + u32(P0_SMEM), at)\n"
 _P0_ARRIVES = ("        # Warpgroup 0 arrives, warpgroup 1 waits: P0, V0, maximum and scale are there.\n"
                "        ptx.bar_arrive(u32(P0_STORED), u32(NUM_CONSUMERS))\n")
 _P1_STORED = "            store_p(regs.p_rmem, base + u32(P1_SMEM), at)\n"
-_P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1 and scale are there.\n"
+_P1_ARRIVES = ("            # Warpgroup 1 arrives, warpgroup 0 waits: P1, V1, maximum and scale are there.\n"
                "            ptx.bar_arrive(u32(P1_STORED), u32(NUM_CONSUMERS))\n")
 _P0V0_DONE = "            wait_all()\n            o_fence(o_rmem)\n"
 _RELEASE_V0 = "            release(base, 0, 1, lane)\n"
@@ -143,7 +143,7 @@ _FEW_STATE_STORED = ("            if lane < u32(NUM_ROWS):\n                ptx.
                      "                ptx.st_global_f32(part.state + u64(ROW_BYTES), total)\n")
 _FEW_O_STORED = "                    store_tile(regs.o_rmem.t0, o_part)\n"
 _FEW_PACKED_STORED = "                store_packed(regs.o_rmem.t0, regs.o_rmem.t1, o_part, lane)\n"
-_FEW_WORD = "            word = warp if is_pair else warp & u32(NUM_WARPS // 2)\n"
+_FEW_WORD = "            word = warp if ends_here else warp & u32(NUM_WARPS // 2)\n"
 _FEW_COUNT = "ITEMS_PER_HALF * num_rows // ITEM_ROWS) if"
 
 MUTANTS = (
@@ -447,9 +447,9 @@ MUTANTS = (
     Mutant("sums of a part over its maxima, few rows", _SWAPPED_STORE, "ptx.st_global_f32(part.state + u64(ROW_BYTES), total)",
            "ptx.st_global_f32(part.state, total)", cases=(FEW_MANY,)),
     Mutant("a pair's warps claim their warpgroup's word, few rows", _SWAPPED_STORE, _FEW_WORD,
-           _FEW_WORD.replace("warp if is_pair else ", ""), cases=(FEW_PAIR,)),
+           _FEW_WORD.replace("warp if ends_here else ", ""), cases=(FEW_PAIR,)),
     Mutant("warps of many parts count up a word each, few rows", _SWAPPED_STORE, _FEW_WORD,
-           _FEW_WORD.replace(" if is_pair else warp & u32(NUM_WARPS // 2)", ""), cases=(FEW_MANY,)),
+           _FEW_WORD.replace(" if ends_here else warp & u32(NUM_WARPS // 2)", ""), cases=(FEW_MANY,)),
     Mutant("both warpgroups count up one word, few rows", _SWAPPED_STORE, _FEW_WORD,
            _FEW_WORD.replace("warp & u32(NUM_WARPS // 2)", "u32(0)"), cases=(FEW_MANY,)),
     Mutant("pair announced before it is stored, few rows", _SWAPPED_STORE, _ANNOUNCED, "            pass\n", cases=(FEW_PAIR,),
