@@ -50,12 +50,15 @@ class Plan:
         CUDA ordinal; None for host memory.
     schedule : Schedule
         The tables (see `mla_numba.scheduler`).
+    gpu : int or None
+        Where they lie, and calls run: `device`, or for host memory the GPU that was current; None if on none.
     """
 
     backend: str
     shape: DecodeShape
     device: int | None
     schedule: Schedule = field(repr=False)
+    gpu: int | None
 
     @cached_property
     def _prepared(self) -> "list[_PreparedCall]":
@@ -263,7 +266,7 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     with on_device(q_view.device):
         scheduler = None
         if plan is None:
-            scheduler = _scheduler(name, shape, lens_view, stream)
+            scheduler = _scheduler(name, shape, lens_view)
             schedule = scheduler(inputs[3:], stream_int)
         else:
             schedule = plan.schedule
@@ -371,6 +374,8 @@ def merge_states(states: Sequence[tuple[Any, Any]], *, empty_lse: str = "+inf", 
     if first.ndim not in (3, 4):
         raise ValueError(f"{first.name} has shape {first.shape}, but needs 4 dimensions, (batch, seq_len_q, num_heads_q, head_dim_v), "
                          "or 3, (total_q, num_heads_q, head_dim_v)")
+    if first.shape[-1] < 1:
+        raise ValueError(f"{first.name} has shape {first.shape}, but head_dim_v, its last axis, must be at least 1")
     lse_shape = _lse_shape(first)
     validate.require_same_place([*outs, *lses])
     for out_view, lse_view in zip(outs, lses, strict=True):
@@ -416,7 +421,8 @@ class _Memory:
         if array.device is None:
             from numba import cuda
 
-            copied = cuda.to_device(np.ascontiguousarray(array.storage()))
+            # On the stream that reads it, which need not wait for the default one.
+            copied = cuda.to_device(np.ascontiguousarray(array.storage()), stream=numba_stream(self._stream))
             return view(copied, array.name) if self._describe else copied
         self._wait |= array.kind == "dlpack"
         return array if self._describe else array.device_storage()
@@ -445,18 +451,27 @@ class _Memory:
 def make_plan(name: str, shape: DecodeShape, seq_lens: ArrayView, cu_seqlens_q: ArrayView | None, stream: Any,
               max_seq_len: int | None = None, **overrides: int | None) -> Plan:
     """A plan from arguments that have been validated, on the current device; `overrides` as `_scheduler`'s."""
-    make_schedule = _scheduler(name, shape, seq_lens, stream, max_seq_len, **overrides)
+    make_schedule = _scheduler(name, shape, seq_lens, max_seq_len, **overrides)
     lengths = [seq_lens] if cu_seqlens_q is None else [seq_lens, cu_seqlens_q]
-    return Plan(name, shape, seq_lens.device, make_schedule(lengths, stream_handle(stream, seq_lens.kind, seq_lens.device)))
+    schedule = make_schedule(lengths, stream_handle(stream, seq_lens.kind, seq_lens.device))
+    return Plan(name, shape, seq_lens.device, schedule, _gpu_of(name, seq_lens))
+
+
+def _gpu_of(backend: str, array: ArrayView) -> int | None:
+    """Where calls with this array run: on its device, or the current one, or on none."""
+    if array.device is not None or backend == "cpu":
+        return array.device
+    from numba import cuda
+
+    return 0 if cuda.config.ENABLE_CUDASIM else int(cuda.get_current_device().id)
 
 
 # Lengths, with offsets behind them if queries are ragged, and the stream's handle become a schedule.
 _Scheduler = Callable[[Sequence[ArrayView], int], Schedule]
 
 
-def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_seq_len: int | None = None,
-               **overrides: int | None) -> _Scheduler:
-    """For lengths in the place of `like`, of which it holds on to nothing, and the stream that the caller named.
+def _scheduler(name: str, shape: DecodeShape, like: ArrayView, max_seq_len: int | None = None, **overrides: int | None) -> _Scheduler:
+    """For lengths in the place of `like`, of which it holds on to nothing.
 
     `max_seq_len` is `plan_decode`'s; `overrides` are fields of the backend's `ScheduleConfig`, None keeps its choice.
     """
@@ -465,8 +480,7 @@ def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_
     config = module.schedule_config(shape, max_seq_len=max_seq_len)
     if changes:
         config = replace(config, **changes)
-    # What torch and CuPy are given back they give to the next who asks on the stream that was current, and on no other one.
-    new_words = device_words(like, by_its_library=stream is None)
+    new_words = device_words(like)
 
     def make_schedule(lengths: Sequence[ArrayView], stream: int) -> Schedule:
         memory = _Memory(name, stream, getattr(module, "TAKES_DESCRIPTIONS", False))
@@ -480,7 +494,7 @@ def _scheduler(name: str, shape: DecodeShape, like: ArrayView, stream: Any, max_
 
 def _require_fitting(plan: Plan, backend: str, shape: DecodeShape, q: ArrayView) -> None:
     """A plan serves calls of its own backend, place and shape."""
-    pairs = [("backend", plan.backend, backend), ("device", plan.device, q.device)]
+    pairs = [("backend", plan.backend, backend), ("device", plan.device, q.device), ("gpu", plan.gpu, _gpu_of(backend, q))]
     pairs += [(item.name, getattr(plan.shape, item.name), getattr(shape, item.name)) for item in fields(DecodeShape)]
     for name, planned, got in pairs:
         if planned != got:
@@ -495,7 +509,7 @@ def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, bl
     validate.require_page_ids(table, lens, shape.page_size, kv_cache.shape[0])
     if offsets is not None:
         validate.require_cu_seqlens_values(offsets, shape.total_q)
-    if plan is None:
+    if plan is None or shape.total_q == 0:
         return
     jobs = plan.schedule.jobs
     planned = jobs.copy_to_host(stream=numba_stream(stream)) if hasattr(jobs, "copy_to_host") else jobs

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
-from .host.context import device_context
+from .host.capture import beside_captures, is_capturing
+from .host.context import bindings, device_context
 from .host.launch import numba_stream
 
 
@@ -89,22 +90,25 @@ def view(array: Any, name: str, stream: Any = None) -> ArrayView:
                          array.flags.writeable, array)
     kind: Any = type(array)
     library = _library(kind)
-    if library == "torch":
-        return _view_torch(array, name)
-    if library == "cupy":
-        return ArrayView(name, "cupy", str(array.dtype), array.itemsize, array.shape, array.strides, array.data.ptr, array.device.id,
-                         True, array)
-    if library == "numba":
-        return _view_numba(array, name)
-    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _view_dlpack(array, name, stream)
-    if hasattr(array, "__cuda_array_interface__"):
-        from numba import cuda
-
-        # What comes back is Numba's, and has the interface too.
-        return _view_numba(cuda.as_cuda_array(array), name)
-    raise TypeError(f"{name} must be an array (NumPy, CuPy, torch, Numba device array, or anything with __dlpack__ or "
-                    f"__cuda_array_interface__), got {type(array).__name__}")
+    # Not all that these libraries make is an array.
+    if library == "torch" and isinstance(array, sys.modules["torch"].Tensor):
+        described = _view_torch(array, name)
+    elif library == "cupy" and isinstance(array, sys.modules["cupy"].ndarray):
+        described = ArrayView(name, "cupy", str(array.dtype), array.itemsize, array.shape, array.strides, array.data.ptr, array.device.id,
+                              True, array)
+    elif library == "numba":
+        described = _view_numba(array, name)
+    elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        described = _view_dlpack(array, name, stream)
+    elif hasattr(array, "__cuda_array_interface__"):
+        described = _view_interface(array, name)
+    else:
+        raise TypeError(f"{name} must be an array (NumPy, CuPy, torch, Numba device array, or anything with __dlpack__ or "
+                        f"__cuda_array_interface__), got {kind.__name__}")
+    if described.pointer == 0 and described.size > 0:
+        # Some of torch's: distributed and masked ones, and those whose storage was let go.
+        raise TypeError(f"{name} is of type {kind.__name__} and has no memory of its own: give the local or dense array in it")
+    return described
 
 
 @lru_cache(maxsize=256)
@@ -133,17 +137,19 @@ def fingerprint(arrays: Sequence[Any]) -> tuple[list[Any], list[int]] | None:
             if library == "torch":
                 address = array.data_ptr()
                 # Most are contiguous: to ask that takes half as long as to ask for strides. What is not dense has no address, and raises.
-                words += kind, array.dtype, array.shape, None if array.is_contiguous() else array.stride(), array.device, address % 16
+                words += kind, array.dtype, array.shape, None if array.is_contiguous() else array.stride(), array.device, array.is_neg()
             elif library == "cupy":
                 memory = array.data
                 address = memory.ptr
-                words += kind, array.dtype, array.shape, array.strides, memory.device_id, address % 16
+                words += kind, array.dtype, array.shape, array.strides, memory.device_id
             elif library == "numba":
                 memory = array.gpu_data
                 address = memory.device_pointer_value or 0
-                words += kind, array.dtype, array.shape, array.strides, memory.context.device.id, address % 16
+                words += kind, array.dtype, array.shape, array.strides, memory.context.device.id
             else:
                 return None
+            # No address at all is another matter: of what has elements `view` refuses it.
+            words += address % 16, address == 0
             addresses.append(address)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return None
@@ -167,7 +173,8 @@ def recogniser(arrays: Sequence[Any]) -> Callable[[Sequence[Any]], list[int] | N
     def addresses_if_alike(given: Sequence[Any]) -> list[int] | None:
         if check(*given):
             addresses = [array.data_ptr() for array in given]
-            if [address & 15 for address in addresses] == places:
+            # Those without an address have a closer look.
+            if [address & 15 for address in addresses] == places and all(addresses):
                 return addresses
         return None
 
@@ -270,46 +277,53 @@ def _cupy_device(device: int | None) -> Callable[[], contextlib.AbstractContextM
     return lambda: same if current() == device else other(device)
 
 
-def device_words(like: ArrayView, by_its_library: bool) -> Callable[[int], tuple[Any, int]]:
-    """The function that makes so many int32 in device memory, and tells where; it holds on to nothing of `like`.
+def device_words(like: ArrayView) -> Callable[[int, int], tuple[Any, int]]:
+    """The function that makes so many int32 in device memory for work on a stream, and tells where; it holds on to nothing of `like`.
 
-    By the library of `like`, if that is torch or CuPy: they keep what is freed, which takes no time, and makes graphs that are captured
-    their own. Else by Numba.
+    By the library of `like`, if that is torch or CuPy and the stream its current one: they keep what is freed, for whoever asks on that
+    stream next, which takes no time, and makes graphs that are captured their own. Else by Numba.
     """
-    if by_its_library and like.device is not None and like.kind in ("torch", "cupy"):
-        empty: Callable[[int], Any]
-        if like.kind == "torch":
-            empty_now, int32 = _torch_empty(like.owner.device, like.device), sys.modules["torch"].int32
-
-            def empty(count: int) -> Any:
-                return empty_now()((count,), (1,), int32)
-        else:
-            import cupy
-
-            on_its_device = _cupy_device(like.device)
-
-            def empty(count: int) -> Any:
-                with on_its_device():
-                    return cupy.empty(count, np.int32)
-
-        address = address_of(like.kind)
-
-        def words(count: int) -> tuple[Any, int]:
-            array = empty(count)
-            return array, address(array)
-
-        return words
-
     ordinal = like.device
+    if ordinal is None or like.kind not in ("torch", "cupy"):
+        return lambda count, stream: _numba_words(count, stream, ordinal)
+    empty: Callable[[int], Any]
+    if like.kind == "torch":
+        empty_now, int32 = _torch_empty(like.owner.device, ordinal), sys.modules["torch"].int32
 
-    def numba_words(count: int) -> tuple[Any, int]:
-        from numba import cuda
+        def empty(count: int) -> Any:
+            return empty_now()((count,), (1,), int32)
+    else:
+        import cupy
 
-        with on_device(ordinal):
-            array = cuda.device_array(count, np.int32)
-        return array, 0 if cuda.config.ENABLE_CUDASIM else int(array.__cuda_array_interface__["data"][0])
+        on_its_device = _cupy_device(ordinal)
 
-    return numba_words
+        def empty(count: int) -> Any:
+            with on_its_device():
+                return cupy.empty(count, np.int32)
+
+    address, current = address_of(like.kind), current_stream(like.kind, ordinal)
+
+    def words(count: int, stream: int) -> tuple[Any, int]:
+        if stream != current():
+            return _numba_words(count, stream, ordinal)
+        array = empty(count)
+        return array, address(array)
+
+    return words
+
+
+# Of plans in graphs that Numba made memory for: nobody tells when a graph is gone.
+_words_of_graphs: list[Any] = []
+
+
+def _numba_words(count: int, stream: int, device: int | None) -> tuple[Any, int]:
+    from numba import cuda
+
+    with on_device(device), beside_captures():
+        array = cuda.device_array(count, np.int32)
+    if is_capturing(stream):
+        _words_of_graphs.append(array)
+    return array, 0 if cuda.config.ENABLE_CUDASIM else int(array.__cuda_array_interface__["data"][0])
 
 
 def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
@@ -321,8 +335,10 @@ def empty_like_kind(like: ArrayView, shape: Sequence[int], dtype: str) -> Any:
         array = like.owner[0]
         if not hasattr(array, "__array_namespace__"):
             raise TypeError(f"{like.name} is of {type(array).__name__}, which has no __array_namespace__ to make a result with: "
-                            "give out= and lse=")
-        result = array.__array_namespace__().empty(shape, dtype=NUMPY_DTYPE[dtype], device=array.device)
+                            "give mla_decode out= and lse=, or arrays of a library that has")
+        library = array.__array_namespace__()
+        # Libraries that have no bfloat16 of their own take ml_dtypes's, or have no such array.
+        result = library.empty(shape, dtype=getattr(library, dtype, NUMPY_DTYPE[dtype]), device=array.device)
         # Libraries that compute lazily, as JAX does, must have made the memory before a kernel writes to it.
         getattr(result, "block_until_ready", lambda: None)()
         return result
@@ -398,9 +414,16 @@ def _view_torch(tensor: Any, name: str) -> ArrayView:
         raise TypeError(f"{name} is on device {tensor.device}, but must be on the CPU or a CUDA device")
     if tensor.layout is not sys.modules["torch"].strided:
         raise TypeError(f"{name} has layout {tensor.layout}, but must be dense")
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError as error:
+        # Those of torch.vmap.
+        raise TypeError(f"{name} does not tell where its elements lie: {error}") from error
+    if tensor.is_neg():
+        raise TypeError(f"{name} is a view of numbers whose signs are to be turned, but must hold its elements: give its resolve_neg()")
     itemsize = tensor.element_size()
     strides = tuple(stride * itemsize for stride in tensor.stride())
-    return ArrayView(name, "torch", str(tensor.dtype).removeprefix("torch."), itemsize, tuple(tensor.shape), strides, tensor.data_ptr(),
+    return ArrayView(name, "torch", str(tensor.dtype).removeprefix("torch."), itemsize, tuple(tensor.shape), strides, pointer,
                      tensor.device.index if tensor.is_cuda else None, True, tensor)
 
 
@@ -415,6 +438,20 @@ def _view_numba(array: Any, name: str) -> ArrayView:
     # The simulator's arrays have no memory of a device.
     context = array.gpu_data.context if hasattr(array, "gpu_data") else cuda.current_context()
     return ArrayView(name, "numba", dtype, array.dtype.itemsize, array.shape, array.strides, pointer, context.device.id, True, array)
+
+
+def _view_interface(array: Any, name: str) -> ArrayView:
+    """Of what has nothing but a `__cuda_array_interface__`, which does not tell the device."""
+    from numba import cuda
+
+    error, device = True, None
+    if not cuda.config.ENABLE_CUDASIM:
+        ordinal = bindings().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        error, device = bindings().cuPointerGetAttribute(ordinal, array.__cuda_array_interface__["data"][0])
+    # Without elements it has no memory, and is anywhere.
+    with contextlib.nullcontext() if error else on_device(device):
+        # What comes back is Numba's, and has the interface too.
+        return _view_numba(cuda.as_cuda_array(array), name)
 
 
 class _DLTensor(ctypes.Structure):

@@ -116,6 +116,17 @@ def test_a_job_of_more_than_are_cut_is_one_piece(num_heads: int) -> None:
     assert_within("lse", got[1], lse, lse_bound)
 
 
+@pytest.mark.parametrize(("num_heads_kv", "axes"), [(1, (0,)), (1, (2,)), (1, (1, 2)), (2, (2,)), (2, (0, 1, 2))], ids=str)
+def test_an_expanded_q_is_read_as_its_copy(num_heads_kv: int, axes: tuple[int, ...]) -> None:
+    """Axes with a stride of 0, which TMA does not take."""
+    inputs = MLACase(seq_lens=(70, 9), num_heads_q=16, num_heads_kv=num_heads_kv, seq_len_q=2).build()
+    one = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(4))
+    expanded = np.broadcast_to(inputs.q[one], inputs.q.shape)
+    results = [decode(q, inputs.kv_cache, inputs.block_table, inputs.seq_lens, inputs.head_dim_v, inputs.softmax_scale, inputs.causal)
+               for q in (expanded, np.ascontiguousarray(expanded))]
+    assert_same_results(*results, "expanded")
+
+
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 def test_cache_without_pages_reads_as_zeros(page_size: int) -> None:
     """Whatever the table says, and where nobody but the rehearsing worker reads."""

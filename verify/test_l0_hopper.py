@@ -21,7 +21,7 @@ if cuda.config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
 # After the skip: the simulator lacks what they import.
-from mla_numba.host import compiler, hopper, hopper_cut, launch  # noqa: E402
+from mla_numba.host import compiler, cubin, hopper, hopper_cut, launch  # noqa: E402
 from mla_numba.kernels import hopper_config  # noqa: E402
 from perf.sass import VARIANTS, find_tool, inspect  # noqa: E402
 
@@ -154,10 +154,23 @@ def test_unsupported_shapes_have_a_reason(changes, reason):
 
 @pytest.mark.parametrize(("pointer", "strides", "fits"), [
     (1024, (73728, 1152, 1152, 2), True), (1026, (73728, 1152, 1152, 2), False), (1024, (73728, 1154, 1152, 2), False),
-    (1024, (-73728, 1152, 1152, 2), False)], ids=str)
+    (1024, (-73728, 1152, 1152, 2), False), (1024, (73728, 1152, 0, 2), True), (1024, (0, 1152, 1152, 2), False),
+    (1024, (73728, 0, 1152, 2), False)], ids=str)
 def test_caches_that_tma_cannot_read_have_a_reason(pointer, strides, fits):
-    reasons = hopper.unsupported_layout(SimpleNamespace(pointer=pointer, strides=strides))
+    reasons = hopper.unsupported_layout(SimpleNamespace(pointer=pointer, shape=(4, 64, 1, 576), strides=strides))
     assert (reasons == []) == fits
+
+
+def test_without_a_home_kernels_are_not_kept(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MLA_NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(cubin.pathlib.Path, "home", no_home)
+    path = cubin.cache_dir() / "kernel.cubin"
+    cubin._keep(path, b"code")
+    with pytest.raises(OSError, match="Not a directory"):
+        path.read_bytes()
 
 
 @pytest.mark.parametrize(("rows", "team"), [(1, 1), (64, 1), (65, 2), (128, 2), (192, 3), (256, 4), (320, 3), (512, 4)])

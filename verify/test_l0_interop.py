@@ -135,10 +135,58 @@ def test_dlpack_that_refuses_names_the_argument():
         mla_decode(**{name: _Array(array) for name, array in inputs.items()}, **_OPTIONS)
 
 
-def test_subclasses_are_of_their_library():
-    tensor = type("Tensor", (), {"__module__": "torch", "device": types.SimpleNamespace(type="meta")})
-    with pytest.raises(TypeError, match="but must be on the CPU or a CUDA device"):
-        arrays.view(type("Mine", (tensor,), {})(), "q")
+class _Tensor:
+    """As torch's: of the meta device, or with memory at `address`."""
+
+    __module__, dtype, layout, shape, is_cuda = "torch", "torch.float32", "strided", (2, 3), False
+
+    def __init__(self, device="meta", address=4096, is_neg=False):
+        self.device, self.address, self.is_neg = types.SimpleNamespace(type=device), address, lambda: is_neg
+
+    def data_ptr(self):
+        if self.address is None:
+            raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
+        return self.address
+
+    def element_size(self):
+        return 4
+
+    def stride(self):
+        return 3, 1
+
+
+@pytest.mark.parametrize(("array", "error"), [
+    (type("Mine", (_Tensor,), {})(), "q is on device .* but must be on the CPU or a CUDA device"),
+    (type("Size", (tuple,), {"__module__": "torch"})(), "q must be an array .* got Size"),
+    (_Tensor("cpu", None), "q does not tell where its elements lie: Cannot access data pointer"),
+    (_Tensor("cpu", 0), "q is of type _Tensor and has no memory of its own"),
+    (_Tensor("cpu", is_neg=True), "q is a view of numbers whose signs are to be turned"),
+], ids=["meta", "no tensor", "vmap", "no memory", "negated"])
+def test_what_torch_has_that_is_no_array_in_memory(array, error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=_Tensor, strided="strided"))
+    with pytest.raises(TypeError, match=error):
+        arrays.view(array, "q")
+    assert arrays.view(_Tensor("cpu"), "q").pointer == 4096
+
+
+def test_what_has_the_cuda_interface_alone_lies_where_the_driver_says(monkeypatch):
+    """Which device is current does not matter."""
+    array = types.SimpleNamespace(__cuda_array_interface__={"data": (4096, False)})
+    driver = types.SimpleNamespace(CUpointer_attribute=types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal"),
+                                   cuPointerGetAttribute=lambda attribute, address: (0, {("ordinal", 4096): 1}[attribute, address]))
+    current = [0]
+
+    @contextlib.contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(arrays, "bindings", lambda: driver)
+    monkeypatch.setattr(arrays, "on_device", on_device)
+    monkeypatch.setattr("numba.cuda.as_cuda_array", lambda array: (array, current[-1]))
+    monkeypatch.setattr(arrays, "_view_numba", lambda array, name: types.SimpleNamespace(pointer=4096, size=6, device=array[1]))
+    assert arrays.view(array, "q").device == 1 and current == [0]
 
 
 class _DeviceMemory:
@@ -197,7 +245,8 @@ class _Thread:
         self.contexts, self.runtimes = list(contexts), 0
         runtime = types.SimpleNamespace(getDevice=lambda: self.contexts[-1] if self.contexts else self.runtimes)
         self.cupy = types.ModuleType("cupy")
-        self.cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=self._device)
+        self.cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=self._device,
+                                               get_current_stream=lambda device: types.SimpleNamespace(ptr=7))
         self.cupy.empty = lambda *_: types.SimpleNamespace(on=self.contexts[-1] if self.contexts else 0,
                                                           data=types.SimpleNamespace(ptr=4096))
 
@@ -225,10 +274,10 @@ def test_cupys_memory_is_of_the_device_it_is_asked_for(contexts, monkeypatch):
     thread = _Thread(*contexts)
     monkeypatch.setitem(sys.modules, "cupy", thread.cupy)
     like = arrays.ArrayView("q", "cupy", "float32", 4, (2,), (4,), 4096, 1, True, None)
-    words, results = arrays.device_words(like, by_its_library=True), arrays.allocator(like, ((2,), "float32"))
+    words, results = arrays.device_words(like), arrays.allocator(like, ((2,), "float32"))
     for _ in range(2):
         with thread.on_device(1):
-            assert words(8)[0].on == 1
+            assert words(8, 7)[0].on == 1
         assert [array.on for array in results()] == [1]
     assert thread.contexts == list(contexts or (0,))
 
@@ -237,6 +286,11 @@ def test_mixed_libraries_are_refused():
     inputs = _inputs()
     with pytest.raises(TypeError, match="kv_cache is a dlpack array, but q is a numpy array"):
         mla_decode(**{**inputs, "kv_cache": _Array(inputs["kv_cache"])}, **_OPTIONS)
+
+
+def test_merging_states_of_no_columns_is_refused():
+    with pytest.raises(ValueError, match="head_dim_v, its last axis, must be at least 1"):
+        merge_states([(np.zeros((1, 1, 2, 0), np.float32), np.zeros((1, 2, 1), np.float32))], backend="cpu")
 
 
 def test_torch_cpu_tensors():

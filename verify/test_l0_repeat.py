@@ -12,6 +12,7 @@ import threading
 import types
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -79,6 +80,9 @@ class _TorchTensor:
     def stride(self):
         return tuple(step // self._array.itemsize for step in self._array.strides)
 
+    def is_neg(self):
+        return False
+
     def element_size(self):
         return self._array.itemsize
 
@@ -119,6 +123,7 @@ class _Library:
         self.name, self.array = name, {"torch": _TorchTensor, "cupy": _CupyArray, "numba": _NumbaArray}[name]
         self.next, self.stream = 2**32, 0
         self.module = types.ModuleType(name)
+        self.module.Tensor = self.module.ndarray = self.array
         self.module.strided = "strided"
         self.module.empty_strided = lambda shape, strides, *, dtype, device: self.new(shape, dtype, strides)
         self.module.empty = lambda shape, dtype, device=None: self.new(shape if isinstance(shape, tuple) else (shape,), dtype)
@@ -151,6 +156,8 @@ class _Driver:
         self.cuThreadExchangeStreamCaptureMode = self._exchange
         self.cuCtxPushCurrent, self.cuCtxPopCurrent = self._push, self._pop
         self.cuStreamCreate = lambda flags: (0, real.CUstream(2**20))
+        self.status = real.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        self.cuStreamIsCapturing = lambda stream: (0, self.status)
         self.cuStreamSynchronize = self.cuStreamDestroy = self.cuMemsetD32Async = lambda *arguments: (0,)
         self.cuLaunchKernelEx = lambda config, function, _, extra: (self._launch(config, function, extra),)
 
@@ -205,8 +212,8 @@ class _Run:
             monkeypatch.setattr("numba.cuda.device_array", self.library.new)
         else:
             monkeypatch.setitem(sys.modules, library, self.library.module)
-        for module in (gpu, capture):
-            monkeypatch.setattr(module, "driver", self.driver)
+        monkeypatch.setattr(gpu, "driver", self.driver)
+        monkeypatch.setattr(capture, "bindings", lambda: self.driver)
         memory = iter(range(2**40, 2**50, 2**34))
         # The capture mode in which memory was asked for, and kernels were.
         self.modes: list[object] = []
@@ -248,7 +255,7 @@ class _Run:
         shape = DecodeShape(_BATCH, 1, _BATCH, _HEADS, 1, 576, 512, 64, "bfloat16", causal=True, batch_invariant=False)
         addresses = {name: base + i * 4096 for i, name in enumerate(("jobs", "workers", "starts", "merges", "totals"))}
         places = {"jobs": (0, (_BATCH, JOB_COLUMNS))}
-        return Plan("hopper", shape, 0, Schedule(hopper_cut.schedule_config(shape, 132), None, places, addresses, extra_splits=4))
+        return Plan("hopper", shape, 0, Schedule(hopper_cut.schedule_config(shape, 132), None, places, addresses, extra_splits=4), 0)
 
     def __call__(self, arrays=None, plan=None, planned=True, **options):
         """(results, launches, copies) of a call."""
@@ -395,13 +402,27 @@ def test_a_call_without_a_plan_is_repeated_too(run, ragged):
 
 
 def test_tables_for_a_named_stream_are_not_the_librarys(run, monkeypatch):
-    """It would give them to the next who asks on the current stream, while the named one still reads them."""
+    """It would give them to the next who asks on the current stream, while the named one still reads them. If that is the current one, they
+    are; if it is being captured, they stay, and are made beside the capture."""
     made, results = [], dict(out=run.library.new((_BATCH, 1, _HEADS, 512), _BF16), lse=run.library.new((_BATCH, _HEADS, 1), np.float32))
-    monkeypatch.setattr("numba.cuda.device_array", lambda count, dtype: made.append(count) or SimpleNamespace(
+    monkeypatch.setattr("numba.cuda.device_array", lambda count, dtype: made.append(run.driver.mode) or SimpleNamespace(
         __cuda_array_interface__={"data": (2**45, False)}))
+    monkeypatch.setattr(arrays, "_words_of_graphs", [])
     for repeats in (0, 1):
         _, launches, _ = run(planned=False, stream=7, **results)
         assert launches[0][2] == 7 and len(made) == repeats + 1 and run.validated == 1
+    run.library.stream = 7
+    run(planned=False, stream=7, **results)
+    assert len(made) == (3 if run.library.name == "numba" else 2) and not arrays._words_of_graphs
+    run.driver.status = run.driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+    run(planned=False, stream=8, **results)
+    assert set(made) == {run.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED} and len(arrays._words_of_graphs) == 1
+
+
+def test_a_plan_of_host_lengths_is_of_the_gpu_that_was_current(run):
+    plan = replace(run.plan, gpu=1)
+    with pytest.raises(StalePlanError, match="plan was made for gpu=1, but this call has gpu=0"):
+        run(plan=plan)
 
 
 def test_tensor_maps_are_made_once_whoever_prepares_the_call(run):
@@ -433,8 +454,7 @@ def test_memory_and_kernels_are_made_beside_what_is_captured(run):
 
 def test_a_batch_invariant_plan_of_a_graph_waits_for_no_length(run):
     """Its workspace has room for requests of `max_seq_len`, and its kernel is told to cut none that is longer."""
-    active = run.driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
-    run.driver.cuStreamIsCapturing = lambda stream: (0, active)
+    run.driver.status = run.driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
     lens, said = run.library.inputs()["seq_lens"], dict(num_heads_q=_HEADS, batch_invariant=True, backend="hopper")
     with pytest.raises(ValueError, match="needs a plan made with max_seq_len"):
         plan_decode(lens, **said)

@@ -374,7 +374,7 @@ def test_device_builds_what_shared_memory_does_not_hold(batch, num_workers):
 
 def _assert_simulated(config, shape, lens, cu_seqlens_q):
     host = make_host_schedule(config, shape, lens, cu_seqlens_q)
-    device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count: (cuda.device_array(count, np.int32), 0), None)
+    device = simt.make_schedule(config, shape, lens, cu_seqlens_q, 0, lambda count, _: (cuda.device_array(count, np.int32), 0), None)
     assert_same_tables(lambda name: device.table(name).copy_to_host(), host)
 
 

@@ -197,7 +197,7 @@ class TestInSimulator:
 
     def test_a_plan_of_a_graph_does_not_wait_for_the_lengths(self, monkeypatch):
         """Its workspace suffices for requests of `max_seq_len`; longer ones are cut nowhere."""
-        monkeypatch.setattr("mla_numba.host.schedule._is_capturing", lambda stream: True)
+        monkeypatch.setattr("mla_numba.host.schedule.is_capturing", lambda stream: True)
         case = MLACase(seq_lens=(21, 3, 17, 0, 16), num_heads_q=2, values="falling", **TINY)
         schedule = _plan(case, batch_invariant=True, max_seq_len=17).schedule
         # Pieces are of 8 tokens here, and of 17 there are 3, each of which has a place; and there is one for a rehearsal.

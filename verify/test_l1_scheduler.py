@@ -17,7 +17,7 @@ from verify.test_l0_scheduler import assert_same_tables, problems
 pytestmark = on_hopper()
 
 
-def _new_words(count):
+def _new_words(count, _stream):
     memory = cuda.to_device(np.full(count, 0x5A5A5A5A, np.int32))
     return memory, memory.__cuda_array_interface__["data"][0]
 

@@ -7,16 +7,24 @@ from numba import cuda
 
 
 @cache
-def _driver() -> Any:
-    """The driver's bindings, imported where there is a driver only, and once: an import statement in each launch would take 0.3 us."""
+def bindings() -> Any:
+    """cuda.bindings.driver, imported where there is a driver only, and once: an import statement in each launch would take 0.3 us."""
     from cuda.bindings import driver
 
     return driver
 
 
+def checked(result: tuple[Any, ...], what: str) -> Any:
+    """The values of a driver call, or its error as an exception."""
+    error, *values = result
+    if error:
+        raise RuntimeError(f"{what} failed: {error.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 def current_context() -> int:
     """Where the driver's calls of this thread go; 0 if nowhere."""
-    return int(_driver().cuCtxGetCurrent()[1])
+    return int(bindings().cuCtxGetCurrent()[1])
 
 
 @cache
@@ -32,5 +40,5 @@ def device_context(device_idx: int) -> Any:
         before = current_context()
         manager.get_primary_context()
         if current_context() != before:
-            _driver().cuCtxPushCurrent(_driver().CUcontext(before))
+            bindings().cuCtxPushCurrent(bindings().CUcontext(before))
     return manager

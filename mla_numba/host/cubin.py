@@ -18,17 +18,10 @@ from typing import Any
 from cuda.bindings import driver, nvjitlink
 
 from .compiler import compile_kernels
+from .context import checked
 from .launch import KernelSpec
 
 _SOURCES = ("ptx/*.py", "kernels/*.py", "contract.py", "scheduler.py", "config.py")
-
-
-def checked(result: tuple[Any, ...], what: str) -> Any:
-    """The values of a driver call, or its error as an exception."""
-    error, *values = result
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{what} failed: {error.name}")
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 @cache
@@ -44,7 +37,12 @@ def _sources_digest() -> str:
 
 
 def cache_dir() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("MLA_NUMBA_CACHE_DIR") or pathlib.Path.home() / ".cache" / "mla_numba")
+    named = os.environ.get("MLA_NUMBA_CACHE_DIR")
+    try:
+        return pathlib.Path(named) if named else pathlib.Path.home() / ".cache" / "mla_numba"
+    except RuntimeError:
+        # A user without a home, as in some containers. In this place there is no file, and none can be written.
+        return pathlib.Path(os.devnull)
 
 
 def load_kernels(specs: Sequence[KernelSpec], device_idx: int) -> list[Any]:

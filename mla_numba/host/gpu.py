@@ -10,8 +10,8 @@ from numba import cuda
 
 from ..config import ceil_div
 from .capture import beside_captures
-from .context import current_context, device_context
-from .cubin import checked, load_kernels
+from .context import checked, current_context, device_context
+from .cubin import load_kernels
 from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
 from .tensor_map import encode
 from .workspaces import Workspaces

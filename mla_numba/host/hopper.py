@@ -57,8 +57,11 @@ def unsupported(shape: DecodeShape, _device: int | None = None) -> list[str]:
 
 def unsupported_layout(kv_cache: ArrayMemory) -> list[str]:
     """Why a cache that lies so cannot be read."""
-    if kv_cache.pointer % 16 or any(stride % 16 or stride < 0 for stride in kv_cache.strides[:-1]):
+    steps = list(zip(kv_cache.shape[:-1], kv_cache.strides[:-1], strict=True))
+    if kv_cache.pointer % 16 or any(stride % 16 or stride < 0 for _, stride in steps):
         return ["kv_cache: TMA needs its first element and all strides at multiples of 16 bytes"]
+    if any(size > 1 and stride == 0 for size, stride in steps):
+        return ["kv_cache: an axis has a stride of 0, and TMA takes none"]
     return []
 
 
@@ -170,7 +173,8 @@ def _q_map(shape: DecodeShape, q: ArrayMemory, num_rows: int, device: Device) ->
     group_stride, num_floats = heads * head_stride, q.size // 2
     sizes, box = (TILE_COLUMNS, tokens * heads, NUM_TILES, kv_heads, q_batches), (TILE_COLUMNS, num_rows, NUM_TILES, 1, 1)
     packed = tokens == 1 or (kv_heads == 1 and token_stride == group_stride)
-    fits = packed and min(head_stride, batch_stride) >= 0 and not any(step % 16 for step in (head_stride, batch_stride, q.pointer))
+    steps = (tokens * heads, head_stride), (kv_heads, group_stride), (q_batches, batch_stride)
+    fits = packed and q.pointer % 16 == 0 and all(step % 16 == 0 and step >= (size > 1) for size, step in steps)
     # TMA takes no stride of 0; that of an axis of one does not matter.
     strides = (head_stride or 16, 2 * TILE_COLUMNS, group_stride or 16, batch_stride or 16)
     row = 2 * HEAD_DIM_QK

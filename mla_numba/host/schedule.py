@@ -22,10 +22,12 @@ from ..scheduler import (
     make_scheduler,
     num_partial_slots,
 )
+from .capture import is_capturing
 from .launch import numba_stream
 
-# Memory for so many int32: an array of any library that shows its memory to Numba, and where it lies (0 where nobody asks).
-NewWords = Callable[[int], tuple[Any, int]]
+# Memory for so many int32 and work on a stream: an array of any library that shows its memory to Numba, and where it lies (0 where nobody
+# asks).
+NewWords = Callable[[int, int], tuple[Any, int]]
 # Tables begin at multiples of a cache line, in int32.
 _LINE_WORDS = 32
 
@@ -65,7 +67,8 @@ class Schedule:
         begin, shape = self.places[name]
         memory = self.memory
         if not isinstance(memory, np.ndarray) and not hasattr(memory, "copy_to_host"):
-            memory = cuda.as_cuda_array(memory)
+            # It is the library's on the stream in use, for which there is nothing to wait.
+            memory = cuda.as_cuda_array(memory, sync=False)
         return memory[begin:begin + math.prod(shape)].reshape(shape)
 
 
@@ -122,15 +125,6 @@ def rounded_up(extra_splits: int) -> int:
     return ceil_div(extra_splits, unit) * unit
 
 
-def _is_capturing(stream: int) -> bool:
-    # The bindings of the driver are imported only where there is one.
-    if cuda.config.ENABLE_CUDASIM:
-        return False
-    from .capture import is_capturing
-
-    return is_capturing(stream)
-
-
 def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: NewWords, build: Callable[[Schedule], None],
                          stream: int, max_seq_len: int | None) -> Schedule:
     """Filled by `build`, a small kernel on `stream`; the host never sees the lengths, except that `batch_invariant` reads one integer back.
@@ -138,13 +132,13 @@ def make_device_schedule(config: ScheduleConfig, shape: DecodeShape, new_words: 
     There the number of pieces follows from the lengths and not from the number of workers, and the workspace must hold them. Of a CUDA
     graph, whose lengths are not there yet, it must hold as many as requests of `max_seq_len` have.
     """
-    if config.split_blocks > 0 and _is_capturing(stream):
+    if config.split_blocks > 0 and is_capturing(stream):
         if max_seq_len is None:
             raise ValueError("batch_invariant=True in a CUDA graph needs a plan made with max_seq_len, got none: the workspace must "
                              "suffice for the lengths of every replay")
         config = replace(config, max_cut_blocks=max(ceil_div(max_seq_len, config.block_n), 1))
     places, num_words = layout(config, shape)
-    memory, address = new_words(num_words)
+    memory, address = new_words(num_words, stream)
     addresses = {name: address + 4 * begin for name, (begin, _) in places.items()}
     extra_splits = _max_extra_splits(config, shape)
     schedule = Schedule(config, memory, places, addresses, extra_splits or 0)

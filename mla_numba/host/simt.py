@@ -3,7 +3,6 @@
 Runs in Numba's CUDA simulator too (NUMBA_ENABLE_CUDASIM=1), with tiles of a few rows and tokens.
 """
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +15,7 @@ from ..config import DecodeShape, ScheduleConfig, ceil_div
 from ..contract import INVARIANT_SPLIT_TOKENS, LOG2_E
 from ..kernels import simt_merge
 from ..kernels.simt_decode import SIMULATOR, STORAGE, SimtConfig, decode_signature, make_decode_kernel
+from .capture import beside_captures
 from .launch import configured, numba_stream
 from .schedule import NewWords, Schedule, build_arguments, make_device_schedule
 from .workspaces import Workspaces, stream_key
@@ -177,17 +177,8 @@ def _workspace(num_rows: int, head_dim_v: int, device_idx: int, stream: int) -> 
 
 
 def _floats(count: int) -> Any:
-    with _beside_captures():
+    with beside_captures():
         return cuda.device_array(count, np.float32)
-
-
-def _beside_captures() -> contextlib.AbstractContextManager[None]:
-    # The bindings of the driver are imported only where there is one.
-    if SIMULATOR:
-        return contextlib.nullcontext()
-    from .capture import beside_captures
-
-    return beside_captures()
 
 
 def _partials(shape: tuple[int, int, int], head_dim_v: int, device_idx: int, stream: int) -> tuple[Any, Any]:

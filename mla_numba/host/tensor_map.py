@@ -3,7 +3,7 @@
 import numpy as np
 from cuda.bindings import driver
 
-from .cubin import checked
+from .context import checked
 
 _DTYPES = {"bfloat16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
            "float16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}

@@ -236,7 +236,7 @@ def make_store(config: HopperConfig) -> SimpleNamespace:
         row = i32(ptx.ld_shared_i32(words + u32(PIECE_ROW_BEGIN)) + i32(tile_row))
         rows_of_request = i32(ptx.ld_shared_i32(words + u32(PIECE_Q_LEN)) * problem.heads_per_kv)
         release_q(base, lane, words, False)
-        # No merge kernel follows where a job is whole, or in two pieces. A warp without rows goes to the end of such a piece, too, and makes
+        # No merge kernel follows where a job is whole or in two pieces. A warp without rows goes to the end of such a piece, too, and makes
         # the code near for those that have some (2 us of 43, H100); it keeps away from that of others (3 us of 27).
         ends_here = 0 < num_parts < MERGE_LEAST_PARTS
         is_last = ends_here
