@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from numba import cuda
@@ -111,6 +112,28 @@ def test_torchs_current_device_does_not_matter():
                 assert {result.device.index for result in flash} == {device}
             expected = results if expected is None else expected
             assert_same_results(results, expected, f"cuda:{device} while {current} is current")
+
+
+def test_what_has_the_cuda_interface_alone_is_decoded_where_it_lies():
+    """It does not tell the device, nor is that the current one."""
+    pytest.importorskip("cupy", reason="cupy is not installed")
+    case = CASES["many pieces"]
+    expected = mla_decode(*_arrays(case, LIBRARIES["numba"].into, 1))
+    cupys = [array.view("uint16") if array.itemsize == 2 else array for array in _arrays(case, LIBRARIES["cupy"].into, 1)]
+    results = mla_decode(*[SimpleNamespace(__cuda_array_interface__=array.__cuda_array_interface__) for array in cupys])
+    assert [view(result, "result").device for result in results] == [1, 1]
+    assert_same_results(*[[LIBRARIES["numba"].back(result) for result in each] for each in (results, expected)], "the interface alone")
+
+
+def test_a_plan_of_host_lengths_is_of_the_gpu_that_was_current():
+    inputs = CASES["many pieces"].build()
+    plan = plan_decode(inputs.seq_lens, **_knobs(CASES["many pieces"]), backend=BACKENDS[0])
+    arrays = inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens
+    first = mla_decode(*arrays, plan=plan)
+    with cuda.gpus[1]:
+        with pytest.raises(StalePlanError, match="plan was made for gpu=0, but this call has gpu=1"):
+            mla_decode(*arrays, plan=plan)
+        assert_same_results(mla_decode(*arrays, backend=plan.backend), first, "the other GPU")
 
 
 def test_arrays_of_two_devices_are_refused(library):

@@ -145,7 +145,8 @@ def test_per_thread_streams_run_side_by_side(backend):
 
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("same_stream", [True, False])
-def test_graph_plans_anew_at_each_replay(planned, same_stream):
+@pytest.mark.parametrize("is_named", [False, True])
+def test_graph_plans_anew_at_each_replay(planned, same_stream, is_named):
     """Plan and decode are captured together, as a server captures a step, in torch's own mode; then the lengths change."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     tensors = {name: to_torch(array) for name, array in _inputs().items()}
@@ -153,8 +154,9 @@ def test_graph_plans_anew_at_each_replay(planned, same_stream):
 
     def step():
         # The tables are memory of the graph's, as the results are: the plan may go.
-        plan = plan_decode(tensors["seq_lens"], num_heads_q=16, seq_len_q=2) if planned else None
-        return mla_decode(**tensors, plan=plan)
+        current = torch.cuda.current_stream() if is_named else None
+        plan = plan_decode(tensors["seq_lens"], num_heads_q=16, seq_len_q=2, stream=current) if planned else None
+        return mla_decode(**tensors, plan=plan, stream=current)
 
     # Compiles, and makes the stream's workspace; torch.cuda.graph has a stream of its own else, where no call has been.
     with torch.cuda.stream(stream):
@@ -169,6 +171,56 @@ def test_graph_plans_anew_at_each_replay(planned, same_stream):
         torch.cuda.synchronize()
         expected_out, expected_lse = mla_decode(**tensors)
         assert (out == expected_out).all() and (lse == expected_lse).all(), seq_lens
+
+
+@pytest.mark.parametrize("backend", ["simt", "auto"])
+def test_cupys_graphs(backend):
+    """A step in a graph of CuPy's, whose arrays tell of the stream that they are on: nobody waits for it."""
+    cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    given = {name: cupy.asarray(array) for name, array in _inputs().items()}
+    given |= dict(zip(("out", "lse"), mla_decode(**given), strict=True))
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(2):
+            plan = plan_decode(given["seq_lens"], num_heads_q=16, seq_len_q=2, backend=backend)
+            mla_decode(**given, plan=plan)
+            stream.synchronize()
+            stream.begin_capture()
+            plan = plan_decode(given["seq_lens"], num_heads_q=16, seq_len_q=2, backend=backend)
+            mla_decode(**given, plan=plan)
+            graph = stream.end_capture()
+        for seq_lens in ([500, 0, 65], [1, 512, 300]):
+            given["seq_lens"][:] = cupy.array(seq_lens, cupy.int32)
+            graph.launch()
+            stream.synchronize()
+            expected = mla_decode(**{name: given[name] for name in _inputs()}, backend=backend)
+            assert (given["out"] == expected[0]).all() and (given["lse"] == expected[1]).all(), seq_lens
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 16, 576), (3, 2, 1, 576), (3, 1, 1, 576), (1, 1, 1, 576)], ids=str)
+def test_expanded_arrays(shape):
+    """Strides of 0: q's are right, the cache's are no matter of hopper's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensors = {name: to_torch(array) for name, array in _inputs().items()}
+    q = tensors.pop("q")[:shape[0], :shape[1], :shape[2]]
+    results = [mla_decode(given, **tensors) for given in (q.expand(3, 2, 16, 576), q.expand(3, 2, 16, 576).contiguous())]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    tensors["kv_cache"] = tensors["kv_cache"][:1].expand(24, -1, -1, -1)
+    with pytest.raises(ValueError, match="TMA takes none"):
+        mla_decode(q.expand(3, 2, 16, 576), **tensors, backend="hopper")
+    tensors["q"] = q.expand(3, 2, 16, 576)
+    expected = mla_decode(**{**tensors, "kv_cache": tensors["kv_cache"].contiguous()}, backend="simt")
+    assert all(torch.equal(*pair) for pair in zip(mla_decode(**tensors), expected, strict=True))
+
+
+def test_host_arrays_on_a_stream_that_waits_for_no_other():
+    """They are there before a kernel on the stream reads them."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    inputs, stream = _inputs(), torch.cuda.Stream()
+    expected = mla_decode(**inputs)
+    for _ in range(20):
+        plan = plan_decode(inputs["seq_lens"], num_heads_q=16, seq_len_q=2, stream=stream, backend="auto")
+        for result, wanted in zip(mla_decode(**inputs, stream=stream, plan=plan), expected, strict=True):
+            np.testing.assert_array_equal(result.view(np.uint8), wanted.view(np.uint8))
 
 
 def test_graph_plans_a_batch_invariant_step_anew():
