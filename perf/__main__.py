@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     chosen = [cases.find(name) for name in args.case] if args.case else cases.suite(suite, args.seed)
     path = args.out or RESULTS / f"{_device_slug(run)}-{'case' if args.case else suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     for name, why in run.absent.items():
-        console.print(f"absent: {name}: {why}", style="dim", highlight=False)
+        console.print(f"absent: {name}: {why}", style="dim", highlight=False, markup=False)
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             document = results.load(path)
             last = document["rows"][-1] if document["rows"] else None
             text = report.line(last, document) if last is not None and last["case"] == what else what
-            progress.console.print(text, highlight=False, soft_wrap=True)
+            progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
             progress.advance(task)
 
         document, failures = measure.measure(run, chosen, path, time_limit=args.time_limit, commit=args.commit, report=done,
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.print()
         report.print_report(document, console)
     for failure in failures:
-        console.print(f"no row: {failure}", style="bold red", highlight=False)
+        console.print(f"no row: {failure}", style="bold red", highlight=False, markup=False)
     console.print(f"{len(document['rows'])} rows in {document['device']['seconds']:.0f} s: {path}", highlight=False)
     if args.plots is not None and document["rows"]:
         _draw(document, args.plots, path.stem, console)

@@ -72,6 +72,8 @@ def spread_lengths(spread: str, batch: int, mean: int, least: int = 1) -> tuple[
         "giant": lambda: rng.permutation(np.append(np.ones(batch - 1), (batch - 1) / 3)),
         "step2": lambda: mean - least + 2 * np.arange(batch) - (batch - 1),
     }[spread]().astype(float)
+    if not (shares.sum() > 0 and shares.min() >= 0):
+        raise ValueError(f"{spread} lengths cannot be made for batch={batch}, mean={mean} and at least {least} tokens")
     ends = np.rint(np.cumsum(shares) * (batch * (mean - least) / shares.sum())).astype(int)
     return tuple((least + np.diff(ends, prepend=0)).tolist())
 

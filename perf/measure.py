@@ -242,12 +242,11 @@ def _free_memory(run: Run) -> None:
 
 def _our_contenders(run: Run, inputs: Inputs, gate: Gate) -> dict[str, Contender]:
     """With a plan made before, as the peers' metadata are; on a GPU also planning for itself, where the plan is not a case's own."""
-    begin = time.perf_counter()
-    plan = calls.make_plan(mla_numba, inputs, run.backend)
+    plan, plan_s = first_call(run.timer, lambda: calls.make_plan(mla_numba, inputs, run.backend))
     planned = _admitted(run, lambda: calls.decode(mla_numba, inputs, plan, run.backend), lambda raw: raw, gate)
     if isinstance(planned, str):
         raise GateError(planned)
-    planned.first_s = time.perf_counter() - begin
+    planned.first_s += plan_s
     contenders = {OURS: planned}
     if run.on_gpu and inputs.case.num_workers is None:
         unplanned = _admitted(run, lambda: calls.decode(mla_numba, inputs, None, run.backend), lambda raw: raw, gate)
@@ -338,11 +337,11 @@ def traced_launches(backend: str) -> Iterator[list[tuple[str, Any, Any]]]:
             if hasattr(module, "configured"):
                 stack.enter_context(mock.patch.object(module, "configured", traced))
         if backend == "hopper":
-            from mla_numba.host.gpu import Gpu
+            from mla_numba.host.gpu import BoundKernel
 
-            launched = Gpu.launch
-            stack.enter_context(mock.patch.object(Gpu, "launch", lambda gpu, spec, *arguments: timed(
-                spec.name, lambda: launched(gpu, spec, *arguments))))
+            launched = BoundKernel.launch
+            stack.enter_context(mock.patch.object(BoundKernel, "launch", lambda kernel, stream: timed(
+                kernel.spec.name, lambda: launched(kernel, stream))))
         yield launches
 
 

@@ -97,4 +97,4 @@ def print_report(document: Results, console: Console) -> None:
     if document["rows"]:
         console.print(table(document))
     for text in legend(document):
-        console.print(text, style="dim", highlight=False)
+        console.print(text, style="dim", highlight=False, markup=False)

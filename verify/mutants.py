@@ -61,6 +61,8 @@ MUTANTS = {
     "merge counts pieces that saw nothing": "split_count",
     "nothing past the longest request that the plan was told": "longest_request",
     "merge in any order": "reruns",
+    "another result each time, in one buffer": "reruns",
+    "inputs written to": "equals_float64",
     "pieces follow the batch": "batch_invariant",
     "empty rows not written": "empty_rows",
     "empty rows hold -0": "empty_rows",
@@ -94,6 +96,7 @@ class _Decode:
         self.bug = bug
         self.rng = np.random.default_rng()
         self.state = (np.zeros((0, 0), np.float32),) * 3
+        self.buffers: dict[Any, np.ndarray] = {}
 
     def __call__(self, q: np.ndarray, kv_cache: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, head_dim_v: int,
                  softmax_scale: float | None, causal: bool, *, cu_seqlens_q: np.ndarray | None = None,
@@ -109,6 +112,8 @@ class _Decode:
         empty = {"+inf": np.inf, "-inf": -np.inf}[empty_lse] * (-1 if bug == "empty lse of the other sign" else 1)
         if bug == "strides ignored":
             kv_cache = np.lib.stride_tricks.as_strided(kv_cache, kv_cache.shape, np.empty_like(kv_cache, order="C").strides)
+        if bug == "another result each time, in one buffer" and out is None:
+            out = self.buffers.setdefault((inputs.out_shape, q.dtype), np.empty(inputs.out_shape, q.dtype))
         out = np.full(inputs.out_shape, np.nan, q.dtype) if out is None else out
         lse = np.full(inputs.lse_shape, np.nan, np.float32) if lse is None else lse
         result = out
@@ -134,6 +139,8 @@ class _Decode:
             with np.errstate(all="ignore"):
                 o, lse2 = self._request(queries.astype(np.float32), kv_cache, table, seq_len, head_dim_v, scale_log2, causal,
                                         piece)
+            if bug == "another result each time, in one buffer":
+                o *= np.float32(1 + self.rng.random() / 512)
             unseen = lse2 == -np.inf
             o[unseen] = np.nan if bug == "empty rows not written" else -0.0 if bug == "empty rows hold -0" else 0.0
             lse_rows = np.where(unseen, np.float32(empty), lse2 * np.float32(1.0 if bug == "lse in base 2" else math.log(2)))
@@ -141,6 +148,8 @@ class _Decode:
                 lse_rows = lse_rows.astype(q.dtype)
             (out[rows] if inputs.ragged else out[request])[...] = o.astype(q.dtype)
             (lse[:, rows] if inputs.ragged else lse[request])[...] = lse_rows.T
+        if bug == "inputs written to":
+            kv_cache[:1] = 0
         return result, lse
 
     def _request(self, q: np.ndarray, kv_cache: np.ndarray, table: np.ndarray, seq_len: int, head_dim_v: int, scale_log2: np.float32,

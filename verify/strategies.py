@@ -93,7 +93,7 @@ def mla_cases(draw, dims: Dims, *, ragged: bool = False, min_batch: int = 1, min
         seq_lens=tuple(seq_lens), seq_len_q=seq_len_q, q_lens=q_lens, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv,
         head_dim_qk=head_dim_qk, head_dim_v=head_dim_v, page_size=page_size, causal=causal,
         dtype=draw(st.sampled_from(dtypes), label="dtype"),
-        softmax_scale=draw(st.sampled_from((None, None, 0.07, 1.0)), label="softmax_scale"),
+        softmax_scale=draw(st.sampled_from((None, None, 0.07, 1.0, 0.0)), label="softmax_scale"),
         pages=draw(st.sampled_from(PAGES), label="pages"),
         values=draw(st.sampled_from(VALUES), label="values"),
         layout=draw(st.sampled_from(LAYOUTS), label="layout"),

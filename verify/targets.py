@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from verify.cases import DTYPES, Inputs
-from verify.checks import assert_result
+from verify.checks import assert_result, assert_same_bits
 
 ARRAY_KINDS = ("numpy", "numba", "torch", "cupy")
 
@@ -55,9 +55,14 @@ class Target:
         # The default belongs to our contract; other functions are given the number.
         scale = inputs.softmax_scale if self.knobs or inputs.softmax_scale is not None else inputs.q.shape[-1] ** -0.5
         knobs = {name: to_kind(value, self.arrays) for name, value in knobs.items()}
-        arrays = [to_kind(array, self.arrays) for array in (inputs.q, inputs.kv_cache, inputs.block_table, inputs.seq_lens)]
-        out, lse = self.decode(*arrays, inputs.head_dim_v, scale, inputs.causal, **knobs)
-        out, lse = to_numpy(out, inputs.dtype), to_numpy(lse, "float32")
+        named = {"q": inputs.q, "kv_cache": inputs.kv_cache, "block_table": inputs.block_table, "seq_lens": inputs.seq_lens}
+        arrays = {name: to_kind(array, self.arrays) for name, array in named.items()}
+        before = {name: np.array(array) for name, array in named.items()}
+        out, lse = self.decode(*arrays.values(), inputs.head_dim_v, scale, inputs.causal, **knobs)
+        # Copies: the target may hand out the same memory in its next call.
+        out, lse = np.array(to_numpy(out, inputs.dtype)), np.array(to_numpy(lse, "float32"))
+        for name, array in arrays.items():
+            assert_same_bits(name, to_numpy(array, inputs.dtype), before[name], "decoding, which reads its inputs only,")
         assert_result(out, lse, inputs.out_shape, inputs.lse_shape, inputs.dtype)
         return out, lse
 
@@ -100,7 +105,7 @@ def to_numpy(array: Any, dtype: str) -> np.ndarray:
     return array.view(DTYPES[dtype]) if array.dtype == np.uint16 else array
 
 
-def external(path: str, *, arrays: str = "numpy", dims: tuple[str, ...] = ("deepseek",), empty_lse: float = math.inf) -> Target:
+def external(path: str, *, arrays: str = "numpy", dims: tuple[str, ...] = ("deepseek", "long"), empty_lse: float = math.inf) -> Target:
     """The target named "pkg.module:callable"."""
     module, _, name = path.partition(":")
     if not name:

@@ -116,6 +116,12 @@ def test_a_job_of_more_than_are_cut_is_one_piece(num_heads: int) -> None:
     assert_within("lse", got[1], lse, lse_bound)
 
 
+@pytest.mark.parametrize("num_heads", [8, 32, 64])
+def test_a_scale_of_zero_weighs_all_tokens_alike(num_heads: int) -> None:
+    """And no others: 0 times the infinity that hides a token would be no number."""
+    check(MLACase(seq_lens=(65, 130), num_heads_q=num_heads, seq_len_q=2, softmax_scale=0.0), Schedule(0, 3, 8))
+
+
 @pytest.mark.parametrize(("num_heads_kv", "axes"), [(1, (0,)), (1, (2,)), (1, (1, 2)), (2, (2,)), (2, (0, 1, 2))], ids=str)
 def test_an_expanded_q_is_read_as_its_copy(num_heads_kv: int, axes: tuple[int, ...]) -> None:
     """Axes with a stride of 0, which TMA does not take."""

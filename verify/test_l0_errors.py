@@ -43,6 +43,27 @@ def _read_only(shape, dtype):
     return array
 
 
+class _Elsewhere:
+    """What DLPack says is on a GPU."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, *, stream):
+        assert stream == 1
+        return self._array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return 2, 1
+
+
+def _askew(shape, dtype):
+    """Rows that begin at odd addresses."""
+    row = shape[-1] * np.dtype(dtype).itemsize + 1
+    strides = [row * int(np.prod(shape[i + 1:-1])) for i in range(len(shape) - 1)]
+    return np.ndarray(shape, dtype, bytearray(row * int(np.prod(shape[:-1]))), 0, (*strides, np.dtype(dtype).itemsize))
+
+
 _OUT, _LSE = (_BATCH, _SEQ_LEN_Q, _HEADS, _DIM_V), (_BATCH, _HEADS, _SEQ_LEN_Q)
 _zeros = np.zeros
 _DECODE = [
@@ -58,6 +79,7 @@ _DECODE = [
     _case("q-no-heads", ValueError, "num_heads_q=0 must be a positive multiple", q=_zeros((2, 2, 0, 24), _BF16)),
     _case("q-misaligned", ValueError, "q must be aligned to its 2-byte elements",
           q=np.frombuffer(bytearray(2 * 2 * 4 * 24 * 2 + 1), np.uint8)[1:].view(_BF16).reshape(2, 2, 4, 24)),
+    _case("q-strides-misaligned", ValueError, "q must be aligned to its 2-byte elements.* strides", q=_askew((2, 2, 4, 24), _BF16)),
     _case("kv-not-an-array", TypeError, "kv_cache must be an array", kv_cache="pages"),
     _case("kv-3d", ValueError, "kv_cache has 3 dimensions", kv_cache=_zeros((6, 8, 24), _BF16)),
     _case("kv-other-dtype", TypeError, "kv_cache has dtype float16, but must be bfloat16, as q",
@@ -107,6 +129,7 @@ _DECODE = [
     _case("lse-shape", ValueError, r"lse has shape \(2, 2, 4\).*\(2, 4, 2\).*num_heads_q", lse=_zeros((2, 2, 4), np.float32)),
     _case("lse-dtype", TypeError, "lse has dtype float64, but must be float32", lse=_zeros(_LSE)),
     _case("lse-read-only", ValueError, "lse is read-only", lse=_read_only(_LSE, np.float32)),
+    _case("lse-elsewhere", ValueError, "lse is in cuda:1, but q is in host memory", lse=_Elsewhere(_zeros(_LSE, np.float32))),
     _case("stream-string", TypeError, "stream must be an integer handle or a CUDA stream object, got str", stream="default"),
     _case("stream-negative", ValueError, "stream must be a handle from 0, got -1", stream=-1),
     _case("cu-seqlens-with-4d-q", ValueError, "q has 4 dimensions.* needs 3.*cu_seqlens_q", cu_seqlens_q=_zeros(3, np.int32)),
@@ -162,6 +185,13 @@ def test_ragged(error, match, changes):
 def test_values_under_check_values(error, match, changes):
     _raises(error, match, mla_decode, **{**_good(), **changes}, check_values=True)
     _next_good_call_works()
+
+
+def test_values_that_are_just_right():
+    """A table that is full, and garbage right behind lengths that fill their pages."""
+    mla_decode(**{**_good(), "seq_lens": np.array([24, 9], np.int32)}, check_values=True)
+    table = np.array([[0, 1, 99], [3, -7, 2**31 - 1]], np.int32)
+    mla_decode(**{**_good(), "seq_lens": np.array([16, 8], np.int32), "block_table": table}, check_values=True)
 
 
 @pytest.mark.parametrize("changes", [pytest.param(case.values[2], id=case.id) for case in _VALUES])
@@ -224,6 +254,9 @@ _PLAN = [
     _case("num-workers-0", ValueError, "num_workers must be from 1", num_workers=0),
     _case("max-seq-len-negative", ValueError, "max_seq_len must be from 0", max_seq_len=-1),
     _case("max-seq-len-float", TypeError, "max_seq_len must be an integer", max_seq_len=9.0),
+    _case("lens-misaligned", ValueError, "seq_lens must be aligned", seq_lens=_askew((2, 1), np.int32)[:, 0]),
+    _case("offsets-elsewhere", ValueError, "cu_seqlens_q is in cuda:1, but seq_lens is in host memory",
+          cu_seqlens_q=_Elsewhere(np.array([0, 1, 4], np.int32))),
     _case("total-q", ValueError, "total_q must be from 0", cu_seqlens_q=np.array([0, 1, 2], np.int32), total_q=-1),
 ]
 
@@ -247,6 +280,11 @@ _MERGE = [
     pytest.param(ValueError, r"states\[0\]\[1\] has shape", [_state(lse_shape=(2, 2, 4))], id="lse-shape"),
     pytest.param(ValueError, r"states\[0\]\[0\] has shape \(2, 3\)", [_state((2, 3))], id="2d"),
     pytest.param(TypeError, r"states\[0\]\[1\] has dtype float64", [(np.zeros(_OUT, _BF16), np.zeros(_LSE))], id="lse-dtype"),
+    pytest.param(ValueError, r"states\[0\]\[1\] is in cuda:1", [(_state()[0], _Elsewhere(_state()[1]))], id="elsewhere"),
+    pytest.param(ValueError, r"states\[0\]\[0\] must be aligned", [(_askew(_OUT, _BF16), _state()[1])], id="misaligned"),
+    pytest.param(ValueError, r"states\[0\]\[1\] must be aligned", [(_state()[0], _askew(_LSE, np.float32))], id="lse-misaligned"),
+    pytest.param(ValueError, r"states\[0\]\[0\] has a stride of 4 bytes on its last axis",
+                 [(np.zeros((*_OUT[:-1], 32), _BF16)[..., ::2], _state()[1])], id="strided"),
 ]
 
 

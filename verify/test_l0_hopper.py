@@ -3,6 +3,7 @@
 Levels: l0. On a GPU the property suite covers the rest (`python -m verify --backend hopper`).
 """
 
+import math
 import shutil
 import struct
 import sys
@@ -152,12 +153,13 @@ def test_unsupported_shapes_have_a_reason(changes, reason):
     assert (reasons == []) if reason is None else (reason in reasons[0])
 
 
-@pytest.mark.parametrize(("pointer", "strides", "fits"), [
-    (1024, (73728, 1152, 1152, 2), True), (1026, (73728, 1152, 1152, 2), False), (1024, (73728, 1154, 1152, 2), False),
-    (1024, (-73728, 1152, 1152, 2), False), (1024, (73728, 1152, 0, 2), True), (1024, (0, 1152, 1152, 2), False),
-    (1024, (73728, 0, 1152, 2), False)], ids=str)
-def test_caches_that_tma_cannot_read_have_a_reason(pointer, strides, fits):
-    reasons = hopper.unsupported_layout(SimpleNamespace(pointer=pointer, shape=(4, 64, 1, 576), strides=strides))
+@pytest.mark.parametrize(("pointer", "strides", "num_pages", "fits"), [
+    (1024, (73728, 1152, 1152, 2), 4, True), (1026, (73728, 1152, 1152, 2), 4, False), (1024, (73728, 1154, 1152, 2), 4, False),
+    (1024, (-73728, 1152, 1152, 2), 4, False), (1024, (73728, 1152, 0, 2), 4, True), (1024, (0, 1152, 1152, 2), 4, False),
+    (1024, (0, 1152, 1152, 2), 1, True), (1024, (73728, 0, 1152, 2), 4, False), (0, (0, 0, 0, 0), 0, True)], ids=str)
+def test_caches_that_tma_cannot_read_have_a_reason(pointer, strides, num_pages, fits):
+    shape = (num_pages, 64, 1, 576)
+    reasons = hopper.unsupported_layout(SimpleNamespace(pointer=pointer, shape=shape, strides=strides, size=math.prod(shape)))
     assert (reasons == []) == fits
 
 

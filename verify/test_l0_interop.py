@@ -1,6 +1,7 @@
 """Array interchange in host memory: what goes in comes out, of the same library, without copies of the cache."""
 
 import contextlib
+import ctypes
 import subprocess
 import sys
 import types
@@ -126,6 +127,21 @@ def test_dlpack_without_an_array_namespace_needs_given_outputs():
     results = mla_decode(**wrapped, **_OPTIONS, out=given[0], lse=given[1])
     assert results[0] is given[0] and results[1] is given[1]
     np.testing.assert_array_equal(given[0].memory, mla_decode(**inputs, **_OPTIONS)[0])
+
+
+def test_dlpack_arrays_may_begin_within_their_memory():
+    """Where `byte_offset` says."""
+    memory = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+    class Sliced(_Array):
+        def __dlpack__(self, **kwargs):
+            capsule = self.memory.__dlpack__(**kwargs)
+            pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+            pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+            arrays._DLTensor.from_address(pointer_of(capsule, b"dltensor")).byte_offset = 24
+            return capsule
+
+    np.testing.assert_array_equal(arrays.view(Sliced(memory[:3]), "q").storage(), memory[1:])
 
 
 def test_dlpack_that_refuses_names_the_argument():

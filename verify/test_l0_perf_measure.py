@@ -279,6 +279,16 @@ def test_gate_stops_a_wrong_result(small, change, names):
     assert f"wrong: {names}" in verdict.reason
 
 
+def test_gate_stops_what_leaves_a_few_of_many_tokens_out():
+    """Whose bounds are wide: each element is within its own."""
+    made = inputs.make_inputs(cases.find("b1_q1_h16_k8192"), "numpy")
+    judge, results = gate.Gate(made), []
+    for seq_lens in (made.seq_lens, made.seq_lens - 64):
+        results.append(judge.check(mla_numba.mla_decode(*made.arrays[:3], seq_lens, backend="cpu")[0], None))
+    assert results[0].reason is None and results[0].rel_err < 0.003
+    assert results[1].reason.startswith("wrong: the relative error of out is ") and "above the 0.00391 that bfloat16" in results[1].reason
+
+
 def a_run(**peers):
     run = measure.start("cpu", ["numpy"])
     run.timer = FakeTimer()
@@ -402,6 +412,33 @@ def test_kernels_are_timed_one_by_one(monkeypatch):
     run.backend, run.timer = "simt", FakeTimer()
     parts = measure._parts(run, measure.Contender(lambda: (call(),), 0.0, 0.0), 10.0)
     assert parts == pytest.approx({"plan_us": 2.0, "decode_us": 2.0, "merge_us": 2.0})
+
+
+def test_hoppers_kernels_are_timed_one_by_one(monkeypatch):
+    gpu = pytest.importorskip("mla_numba.host.gpu", reason="cuda.bindings is not installed")
+    from mla_numba.host import hopper
+
+    launched = []
+    monkeypatch.setattr("numba.cuda.event", lambda: SimpleNamespace(record=lambda: launched.append("event")))
+    monkeypatch.setattr(gpu.BoundKernel, "launch", lambda kernel, stream: launched.append((kernel.spec.name, stream)))
+    monkeypatch.setattr(gpu, "current_context", lambda: 5)
+    device = gpu.Gpu.__new__(gpu.Gpu)
+    device._context = 5
+    specs = hopper.schedule_spec(), hopper.decode_spec("bfloat16", 64, 1, 16), hopper.merge_spec("bfloat16", 16)
+    with measure.traced_launches("hopper") as launches:
+        device.launch_bound(7, *(gpu.BoundKernel(None, spec, (1, 1, 1), "i", [0]) for spec in specs))
+    assert launched == [event for spec in specs for event in ("event", (spec.name, 7), "event")]
+    found = [next(part for word, part in measure.PARTS.items() if word in name) for name, _, _ in launches]
+    assert found == ["plan_us", "decode_us", "merge_us"]
+
+
+def test_lengths_that_cannot_be_are_refused():
+    for name in ("b1_q1_h16_k1024_giant", "b128_q1_h16_k64_step2"):
+        with pytest.raises(ValueError, match="lengths cannot be made for batch="):
+            cases.find(name)
+    for spread, batch, mean, least in (("giant", 2, 100, 1), ("step2", 4, 64, 3), ("bimodal", 9, 50, 4), ("normal", 3, 2, 2)):
+        lengths = cases.spread_lengths(spread, batch, mean, least)
+        assert min(lengths) >= least and sum(lengths) == batch * mean
 
 
 # Peers and command line

@@ -419,6 +419,21 @@ def test_tables_for_a_named_stream_are_not_the_librarys(run, monkeypatch):
     assert set(made) == {run.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED} and len(arrays._words_of_graphs) == 1
 
 
+def test_more_pieces_need_another_workspace(run):
+    """Though nothing else differs."""
+    run()
+    plan = replace(run.plan, schedule=replace(run.plan.schedule, extra_splits=4000))
+    assert run(plan=plan)[1][0][4][3:6] == run.as_the_first(plan=replace(plan))[0][0][4][3:6] != run()[1][0][4][3:6]
+
+
+def test_batch_invariant_calls_without_a_plan_are_prepared_each_time(run, monkeypatch):
+    """How many pieces there are is read back, and may be another number."""
+    monkeypatch.setattr(Schedule, "totals", SimpleNamespace(copy_to_host=lambda stream: [1, 1, 0]))
+    for calls in (1, 2, 3):
+        run(planned=False, batch_invariant=True)
+        assert run.validated == calls
+
+
 def test_a_plan_of_host_lengths_is_of_the_gpu_that_was_current(run):
     plan = replace(run.plan, gpu=1)
     with pytest.raises(StalePlanError, match="plan was made for gpu=1, but this call has gpu=0"):
@@ -689,9 +704,11 @@ def test_threads_share_a_streams_workspace_but_not_the_per_thread_streams(run, s
     workspaces = []
 
     def call():
-        _, (decode, _), _ = run(stream=stream)
-        # Partial results, states, counters, which follow the plan's three tables.
-        workspaces.append(decode[4][3:6])
+        # At an odd place, so that it is copied.
+        q = run.library.array(_MB + 8, (_BATCH, 1, _HEADS, 576))
+        _, (decode, _), ((copied, _, _),) = run(run.library.inputs(q=q), stream=stream)
+        # Partial results, states, counters, which follow the plan's three tables; and q.
+        workspaces.append((*decode[4][3:6], copied))
 
     call()
     call()
@@ -699,7 +716,7 @@ def test_threads_share_a_streams_workspace_but_not_the_per_thread_streams(run, s
     thread.start()
     thread.join()
     assert workspaces[0] == workspaces[1]
-    assert (workspaces[2] == workspaces[0]) is is_shared
+    assert [mine == other for mine, other in zip(workspaces[0], workspaces[2], strict=True)] == 4 * [is_shared]
 
 
 def test_threads_do_not_mix_up_their_launches(run):

@@ -30,8 +30,8 @@ class BoundKernel:
 
     def __init__(self, function: Any, spec: KernelSpec, grid: tuple[int, int, int], letters: Sequence[str], values: Sequence[Any]):
         arguments = Arguments(letters, values)
-        self.setters = arguments.setters
-        self._function, self._spec, self._grid = function, spec, grid
+        self.setters, self.spec = arguments.setters, spec
+        self._function, self._grid = function, grid
         size = np.array([arguments.memory.size], np.uint64)
         extra = np.array([_BUFFER_POINTER, arguments.memory.ctypes.data, _BUFFER_SIZE, size.ctypes.data, _END], np.uint64)
         self._extra, self._keep = int(extra.ctypes.data), (arguments, size, extra)
@@ -47,19 +47,19 @@ class BoundKernel:
     def _config(self, stream: int) -> Any:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self._grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._spec.num_threads, 1, 1
-        config.sharedMemBytes, config.hStream = self._spec.smem_bytes, driver.CUstream(stream)
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.spec.num_threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.spec.smem_bytes, driver.CUstream(stream)
         attributes = []
-        if self._spec.waits_itself:
+        if self.spec.waits_itself:
             # Blocks may come onto the machine while the kernel before ends.
             early = driver.CUlaunchAttribute()
             early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             early.value.programmaticStreamSerializationAllowed = 1
             attributes.append(early)
-        if self._spec.cluster_size > 1:
+        if self.spec.cluster_size > 1:
             cluster = driver.CUlaunchAttribute()
             cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self._spec.cluster_size, 1, 1
+            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = self.spec.cluster_size, 1, 1
             attributes.append(cluster)
         config.attrs, config.numAttrs = attributes, len(attributes)
         if len(self._configs) == _MAX_CONFIGS:

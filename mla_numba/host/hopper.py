@@ -60,7 +60,7 @@ def unsupported_layout(kv_cache: ArrayMemory) -> list[str]:
     steps = list(zip(kv_cache.shape[:-1], kv_cache.strides[:-1], strict=True))
     if kv_cache.pointer % 16 or any(stride % 16 or stride < 0 for _, stride in steps):
         return ["kv_cache: TMA needs its first element and all strides at multiples of 16 bytes"]
-    if any(size > 1 and stride == 0 for size, stride in steps):
+    if kv_cache.size > 0 and any(size > 1 and stride == 0 for size, stride in steps):
         return ["kv_cache: an axis has a stride of 0, and TMA takes none"]
     return []
 
