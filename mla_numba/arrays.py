@@ -444,12 +444,18 @@ def _view_interface(array: Any, name: str) -> ArrayView:
     """Of what has nothing but a `__cuda_array_interface__`, which does not tell the device."""
     from numba import cuda
 
-    error, device = True, None
-    if not cuda.config.ENABLE_CUDASIM:
-        ordinal = bindings().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        error, device = bindings().cuPointerGetAttribute(ordinal, array.__cuda_array_interface__["data"][0])
+    def ordinal() -> tuple[Any, int]:
+        attribute = bindings().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        asked: tuple[Any, int] = bindings().cuPointerGetAttribute(attribute, array.__cuda_array_interface__["data"][0])
+        return asked
+
+    error, device = ordinal()
+    if error:
+        # Nobody is told whose thread has no context, but any will do.
+        with on_device(0):
+            error, device = ordinal()
     # Without elements it has no memory, and is anywhere.
-    with contextlib.nullcontext() if error else on_device(device):
+    with on_device(None if error else device):
         # What comes back is Numba's, and has the interface too.
         return _view_numba(cuda.as_cuda_array(array), name)
 
