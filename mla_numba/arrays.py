@@ -18,7 +18,7 @@ import numpy as np
 
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
 from .host.capture import beside_captures, is_capturing
-from .host.context import bindings, device_context
+from .host.context import device_context
 from .host.launch import numba_stream
 
 
@@ -444,20 +444,18 @@ def _view_interface(array: Any, name: str) -> ArrayView:
     """Of what has nothing but a `__cuda_array_interface__`, which does not tell the device."""
     from numba import cuda
 
-    def ordinal() -> tuple[Any, int]:
-        attribute = bindings().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-        asked: tuple[Any, int] = bindings().cuPointerGetAttribute(attribute, array.__cuda_array_interface__["data"][0])
-        return asked
-
-    error, device = ordinal()
-    if error:
-        # Nobody is told whose thread has no context, but any will do.
-        with on_device(0):
-            error, device = ordinal()
-    # Without elements it has no memory, and is anywhere.
-    with on_device(None if error else device):
+    with on_device(_device_of(array.__cuda_array_interface__["data"][0])):
         # What comes back is Numba's, and has the interface too.
         return _view_numba(cuda.as_cuda_array(array), name)
+
+
+def _device_of(address: int) -> int | None:
+    """The GPU whose memory this is; None if it is no GPU's, as that of an array without elements."""
+    # The driver's own cuPointerGetAttribute, by cuda.bindings 13.3, says 0 of memory on GPU 1.
+    from cuda.bindings import runtime
+
+    error, attributes = runtime.cudaPointerGetAttributes(address)
+    return int(attributes.device) if not error and attributes.device >= 0 else None
 
 
 class _DLTensor(ctypes.Structure):

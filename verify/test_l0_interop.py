@@ -185,11 +185,9 @@ def test_what_torch_has_that_is_no_array_in_memory(array, error, monkeypatch):
     assert arrays.view(_Tensor("cpu"), "q").pointer == 4096
 
 
-def test_what_has_the_cuda_interface_alone_lies_where_the_driver_says(monkeypatch):
+def test_what_has_the_cuda_interface_alone_lies_where_cuda_says(monkeypatch):
     """Which device is current does not matter."""
     array = types.SimpleNamespace(__cuda_array_interface__={"data": (4096, False)})
-    driver = types.SimpleNamespace(CUpointer_attribute=types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="ordinal"),
-                                   cuPointerGetAttribute=lambda attribute, address: (0, {("ordinal", 4096): 1}[attribute, address]))
     current = [0]
 
     @contextlib.contextmanager
@@ -198,7 +196,7 @@ def test_what_has_the_cuda_interface_alone_lies_where_the_driver_says(monkeypatc
         yield
         current.pop()
 
-    monkeypatch.setattr(arrays, "bindings", lambda: driver)
+    monkeypatch.setattr(arrays, "_device_of", {4096: 1}.__getitem__)
     monkeypatch.setattr(arrays, "on_device", on_device)
     monkeypatch.setattr("numba.cuda.as_cuda_array", lambda array: (array, current[-1]))
     monkeypatch.setattr(arrays, "_view_numba", lambda array, name: types.SimpleNamespace(pointer=4096, size=6, device=array[1]))

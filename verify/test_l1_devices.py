@@ -157,7 +157,8 @@ def test_a_graph_on_the_second_device():
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of this device: torch's own is of the device that was current when a process first captured.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             captured = step()
         for seq_lens in ([3000, 0, 700], [1, 2999, 64]):
             tensors[3].copy_(torch.tensor(seq_lens, dtype=torch.int32))
