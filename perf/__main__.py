@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from perf import explain
+    from perf import explain, step
 
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("file", type=Path)
     plot.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside the file")
     explain.add_arguments(commands.add_parser("explain", help="one case: bytes, FLOPs, floors, where the rest goes"))
+    step.add_arguments(commands.add_parser("step", help="what attention takes of a server's step, in a CUDA graph and eager"))
     return parser
 
 
@@ -135,6 +136,12 @@ def _draw(document: results.Results, folder: Path, stem: str, console: Console) 
         console.print(f"picture: {picture}", highlight=False)
 
 
+def _step(args: argparse.Namespace, console: Console) -> int:
+    from perf import step
+
+    return step.run(args, console)
+
+
 def _explain(args: argparse.Namespace, console: Console) -> int:
     from perf import explain
 
@@ -142,7 +149,7 @@ def _explain(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "compare": _compare, "plot": _plot, "explain": _explain}
+COMMANDS = {"run": _run, "compare": _compare, "plot": _plot, "explain": _explain, "step": _step}
 
 
 if __name__ == "__main__":

@@ -443,6 +443,13 @@ def test_lengths_that_cannot_be_are_refused():
 
 # Peers and command line
 
+def test_a_step_without_torch_on_a_gpu_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "start", lambda *_: SimpleNamespace(library="numpy", backend="cpu"))
+    assert main(["step", "--case", "b1_q1_h16_k1024"]) == 2
+    assert "a step needs torch on a GPU" in capsys.readouterr().err
+
+
+
 def test_peers_are_named_and_say_why_they_are_absent():
     assert GPU_PEERS == ("flashmla", "fa3", "triton", "flashinfer", "sdpa")
     assert CPU_PEERS == ("numpy",)
