@@ -26,12 +26,14 @@ DATASHEETS = (
     Machine("H200 SXM", 132, 4800, 989.4, "NVIDIA's datasheet"),
     Machine("H20", 78, 4000, 148, "vendors and press; no datasheet"),
 )
-# A kernel that sums, and cuBLAS on 8192 x 8192 bfloat16 matrices, on one H200 with driver 580 (2026-11-23).
+# A kernel that sums, and cuBLAS on 8192 x 8192 bfloat16 matrices, on one H200 with driver 580 (2026-11-23; others since then 4,503 to 4,594
+# and 753 to 807).
 MEASURED_H200 = Machine("H200, measured", 132, 4437, 790, "this project, 700 W")
 MACHINES = (*DATASHEETS, MEASURED_H200)
 
-# An empty kernel on that H200, timed as the cases are (cold, queued behind the flush); and two of them, as decode and merge are.
-EMPTY_KERNEL_US, TWO_EMPTY_KERNELS_US = 3.4, 5.7
+# An empty kernel on an H200, timed as the cases are (cold, behind the flush, nothing behind it; 2.7 to 2.9 in eight files), and two of
+# them, as decode and merge are.
+EMPTY_KERNEL_US, TWO_EMPTY_KERNELS_US = 2.8, 4.8
 
 
 def datasheet_of(device_name: str) -> Machine | None:
