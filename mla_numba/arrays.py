@@ -18,7 +18,7 @@ import numpy as np
 
 from .dtypes import NUMPY_DTYPE, STORAGE_DTYPE
 from .host.capture import beside_captures, is_capturing
-from .host.context import device_context
+from .host.context import device_context, device_of
 from .host.launch import numba_stream
 
 
@@ -444,18 +444,9 @@ def _view_interface(array: Any, name: str) -> ArrayView:
     """Of what has nothing but a `__cuda_array_interface__`, which does not tell the device."""
     from numba import cuda
 
-    with on_device(_device_of(array.__cuda_array_interface__["data"][0])):
+    with on_device(device_of(array.__cuda_array_interface__["data"][0])):
         # What comes back is Numba's, and has the interface too.
         return _view_numba(cuda.as_cuda_array(array), name)
-
-
-def _device_of(address: int) -> int | None:
-    """The GPU whose memory this is; None if it is no GPU's, as that of an array without elements."""
-    # The driver's own cuPointerGetAttribute, by cuda.bindings 13.3, says 0 of memory on GPU 1.
-    from cuda.bindings import runtime
-
-    error, attributes = runtime.cudaPointerGetAttributes(address)
-    return int(attributes.device) if not error and attributes.device >= 0 else None
 
 
 class _DLTensor(ctypes.Structure):

@@ -1,6 +1,7 @@
 """Imports point one way, and what is foreign stays in its folder (picture: docs/map.md). Planted sources show that the rules bite."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,15 @@ def test_rule_bites(path, source, rule):
     found = broken_rules(path, source)
     assert len(found) == 1
     assert rule in found[0]
+
+
+@pytest.mark.l0
+def test_every_test_has_a_level():
+    """As CONTRIBUTING.md names them: by none of them is a test left out."""
+    levels = "not l0 and not l1 and not l2 and not sim"
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", levels, "verify"]
+    run = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "no tests collected" in run.stdout, run.stdout[-2000:]
 
 
 @pytest.mark.l0

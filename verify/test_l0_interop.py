@@ -196,7 +196,7 @@ def test_what_has_the_cuda_interface_alone_lies_where_cuda_says(monkeypatch):
         yield
         current.pop()
 
-    monkeypatch.setattr(arrays, "_device_of", {4096: 1}.__getitem__)
+    monkeypatch.setattr(arrays, "device_of", {4096: 1}.__getitem__)
     monkeypatch.setattr(arrays, "on_device", on_device)
     monkeypatch.setattr("numba.cuda.as_cuda_array", lambda array: (array, current[-1]))
     monkeypatch.setattr(arrays, "_view_numba", lambda array, name: types.SimpleNamespace(pointer=4096, size=6, device=array[1]))

@@ -1,4 +1,5 @@
-"""Which device is a thread's current one: for a block, in Numba's way, and as other libraries of the thread expect it afterwards."""
+"""Which device is a thread's current one (for a block, in Numba's way, and as other libraries of the thread expect it afterwards), and which
+has some memory."""
 
 from functools import cache
 from typing import Any
@@ -42,3 +43,12 @@ def device_context(device_idx: int) -> Any:
         if current_context() != before:
             bindings().cuCtxPushCurrent(bindings().CUcontext(before))
     return manager
+
+
+def device_of(address: int) -> int | None:
+    """The GPU whose memory this is; None if it is no GPU's, as that of an array without elements."""
+    # The driver's own cuPointerGetAttribute, by cuda.bindings 13.3, says 0 of memory on GPU 1.
+    from cuda.bindings import runtime
+
+    error, attributes = runtime.cudaPointerGetAttributes(address)
+    return int(attributes.device) if not error and attributes.device >= 0 else None
