@@ -1,5 +1,5 @@
-"""Which device is a thread's current one (for a block, in Numba's way, and as other libraries of the thread expect it afterwards), and which
-has some memory."""
+"""Which device is a thread's current one: for a block, in Numba's way, and as other libraries of the thread expect it afterwards. And whose
+some memory is."""
 
 from functools import cache
 from typing import Any
