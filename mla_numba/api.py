@@ -421,8 +421,8 @@ class _Memory:
         if array.device is None:
             from numba import cuda
 
-            # On the stream that reads it, which need not wait for the default one.
-            copied = cuda.to_device(np.ascontiguousarray(array.storage()), stream=numba_stream(self._stream))
+            # On the stream that reads it, which need not wait for the default one; of a copy, as nobody waits for that of a plan's lengths.
+            copied = cuda.to_device(np.array(array.storage(), order="C"), stream=numba_stream(self._stream))
             return view(copied, array.name) if self._describe else copied
         self._wait |= array.kind == "dlpack"
         return array if self._describe else array.device_storage()
