@@ -62,7 +62,7 @@ MUTANTS = {
     "nothing past the longest request that the plan was told": "longest_request",
     "merge in any order": "reruns",
     "another result each time, in one buffer": "reruns",
-    "inputs written to": "equals_float64",
+    "inputs written to": "inputs_untouched",
     "pieces follow the batch": "batch_invariant",
     "empty rows not written": "empty_rows",
     "empty rows hold -0": "empty_rows",

@@ -238,6 +238,18 @@ def given_outputs(target: Target, case: MLACase) -> float:
     return 0.0
 
 
+@_property()
+def inputs_untouched(target: Target, case: MLACase) -> float:
+    """A call writes to none of its inputs."""
+    inputs = case.build()
+    arrays = target.arrays_of(inputs)
+    before = {name: np.array(to_numpy(array, inputs.dtype)) for name, array in arrays.items()}
+    target(inputs, arrays)
+    for name, array in arrays.items():
+        assert_same_bits(name, to_numpy(array, inputs.dtype), before[name], "a call")
+    return 0.0
+
+
 @_property(BATCH_INVARIANT)
 def batch_invariant(target: Target, case: MLACase) -> float:
     """Under batch_invariant a request's bits are the same alone, at any place in any batch, and (with plans) however it is cut."""
