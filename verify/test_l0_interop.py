@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mla_numba import arrays, merge_states, mla_decode, plan_decode
+from mla_numba import api, arrays, merge_states, mla_decode, plan_decode
 from mla_numba.host import context
 from verify.checks import assert_within
 from verify.tolerances import merge_bounds
@@ -142,6 +142,35 @@ def test_dlpack_arrays_may_begin_within_their_memory():
             return capsule
 
     np.testing.assert_array_equal(arrays.view(Sliced(memory[:3]), "q").storage(), memory[1:])
+
+
+def test_results_of_lazy_libraries_are_there_before_they_are_written_to():
+    """JAX's, whose `empty` returns before the memory is there."""
+    waited = []
+
+    class Lazy(_Array):
+        def __array_namespace__(self):
+            return Lazy
+
+        @staticmethod
+        def empty(shape, *, dtype, device):
+            assert device == "cpu"
+            made = Lazy(np.empty(shape, dtype))
+            made.block_until_ready = lambda: waited.append(made)
+            return made
+
+    results = mla_decode(**{name: Lazy(array) for name, array in _inputs().items()}, **_OPTIONS)
+    assert waited == list(results)
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("dlpack", 1), ("torch", 0)])
+def test_libraries_that_know_of_no_stream_of_ours_are_waited_for(kind, waits, monkeypatch):
+    waited = []
+    monkeypatch.setattr("numba.cuda.synchronize", lambda: waited.append(kind))
+    memory = api._Memory("hopper", 0, describe=True)
+    memory.read(arrays.ArrayView("q", kind, "float32", 4, (2,), (4,), 4096, 0, True, None))
+    memory.finish()
+    assert len(waited) == waits
 
 
 def test_dlpack_that_refuses_names_the_argument():
