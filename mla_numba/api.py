@@ -112,8 +112,8 @@ def plan_decode(seq_lens: Any, *, num_heads_q: int, seq_len_q: int = 1, num_head
 
     Notes
     -----
-    Without `stream` the tables are memory of torch or CuPy, if `seq_lens` is theirs: keep the plan until what another stream does with it
-    is done, as with any of their arrays.
+    On the current stream of torch or CuPy the tables are their memory, if `seq_lens` is theirs: keep the plan until what another stream
+    does with it is done, as with any of their arrays.
     """
     lens = view(seq_lens, "seq_lens", stream)
     validate.require_ndim(lens, 1, "(batch,)")
@@ -186,7 +186,7 @@ def mla_decode(q: Any, kv_cache: Any, block_table: Any, seq_lens: Any, *, head_d
     check_values : bool
         Also check lengths, page ids, offsets and the plan's lengths. On a device this waits for the values.
     stream : int or stream object, optional
-        Default: the current stream of the arrays' library.
+        Default: the current stream of the arrays' library, of whose memory results are that are not given: another one must wait for it.
 
     Returns
     -------
@@ -509,6 +509,7 @@ def _check_values(plan: Plan | None, shape: DecodeShape, kv_cache: ArrayView, bl
     validate.require_page_ids(table, lens, shape.page_size, kv_cache.shape[0])
     if offsets is not None:
         validate.require_cu_seqlens_values(offsets, shape.total_q)
+    # Without rows there is nothing to attend, and a plan of ragged queries fits uniform ones, too.
     if plan is None or shape.total_q == 0:
         return
     jobs = plan.schedule.jobs

@@ -215,38 +215,49 @@ def address_of(kind: str) -> Callable[[Any], int]:
 def allocator(like: ArrayView, *results: tuple[Sequence[int], str]) -> Callable[[], list[Any]]:
     """The function that makes an array of each shape and dtype, as `empty_like_kind` does, for torch, CuPy and Numba; it holds on to
     nothing of `like`."""
+    kind, make = _maker(like)
+    return partial(make, [kind(shape, dtype) for shape, dtype in results])
+
+
+def _maker(like: ArrayView) -> tuple[Callable[[Sequence[int], str], Any], Callable[[Sequence[Any]], list[Any]]]:
+    """What the library of `like` (torch, CuPy, Numba) calls an array of a shape and a dtype, and the function that makes one of each such
+    kind where `like` is; they hold on to nothing of it."""
     if like.kind == "torch":
-        import torch
+        torch, empty_now = sys.modules["torch"], _torch_empty(like.owner.device, like.device)
 
-        kinds = [(tuple(shape), tuple(math.prod(shape[i + 1:]) for i in range(len(shape))), getattr(torch, dtype))
-                 for shape, dtype in results]
+        def torch_kind(shape: Sequence[int], dtype: str) -> Any:
+            return tuple(shape), _c_steps(tuple(shape)), getattr(torch, dtype)
 
-        empty_now = _torch_empty(like.owner.device, like.device)
-
-        def new_of_torch() -> list[Any]:
+        def make_torchs(kinds: Sequence[Any]) -> list[Any]:
             empty = empty_now()
             return [empty(*kind) for kind in kinds]
 
-        return new_of_torch
+        return torch_kind, make_torchs
     if like.kind == "numba":
         from numba import cuda
 
-        ordinal, storage_kinds = like.device, [(tuple(shape), STORAGE_DTYPE[dtype]) for shape, dtype in results]
+        ordinal = like.device
 
-        def new_of_numba() -> list[Any]:
+        def make_numbas(kinds: Sequence[Any]) -> list[Any]:
             with on_device(ordinal):
-                return [cuda.device_array(*kind) for kind in storage_kinds]
+                return [cuda.device_array(*kind) for kind in kinds]
 
-        return new_of_numba
+        return lambda shape, dtype: (tuple(shape), STORAGE_DTYPE[dtype]), make_numbas
     import cupy
 
-    on_its_device, numpy_kinds = _cupy_device(like.device), [(tuple(shape), NUMPY_DTYPE[dtype]) for shape, dtype in results]
+    on_its_device = _cupy_device(like.device)
 
-    def new_of_cupy() -> list[Any]:
+    def make_cupys(kinds: Sequence[Any]) -> list[Any]:
         with on_its_device():
-            return [cupy.empty(*kind) for kind in numpy_kinds]
+            return [cupy.empty(*kind) for kind in kinds]
 
-    return new_of_cupy
+    return lambda shape, dtype: (tuple(shape), NUMPY_DTYPE[dtype]), make_cupys
+
+
+@lru_cache(maxsize=256)
+def _c_steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in C order, in elements."""
+    return tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
 
 
 def _torch_empty(device: Any, index: int | None) -> Callable[[], Callable[..., Any]]:
@@ -286,27 +297,13 @@ def device_words(like: ArrayView) -> Callable[[int, int], tuple[Any, int]]:
     ordinal = like.device
     if ordinal is None or like.kind not in ("torch", "cupy"):
         return lambda count, stream: _numba_words(count, stream, ordinal)
-    empty: Callable[[int], Any]
-    if like.kind == "torch":
-        empty_now, int32 = _torch_empty(like.owner.device, ordinal), sys.modules["torch"].int32
-
-        def empty(count: int) -> Any:
-            return empty_now()((count,), (1,), int32)
-    else:
-        import cupy
-
-        on_its_device = _cupy_device(ordinal)
-
-        def empty(count: int) -> Any:
-            with on_its_device():
-                return cupy.empty(count, np.int32)
-
+    kind, make = _maker(like)
     address, current = address_of(like.kind), current_stream(like.kind, ordinal)
 
     def words(count: int, stream: int) -> tuple[Any, int]:
         if stream != current():
             return _numba_words(count, stream, ordinal)
-        array = empty(count)
+        (array,) = make([kind((count,), "int32")])
         return array, address(array)
 
     return words
@@ -479,7 +476,7 @@ def _view_dlpack(array: Any, name: str, stream: Any) -> ArrayView:
     itemsize = tensor.bits * tensor.lanes // 8
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     # No strides means C order.
-    steps = [tensor.strides[i] if tensor.strides else math.prod(shape[i + 1:]) for i in range(tensor.ndim)]
+    steps = tensor.strides[:tensor.ndim] if tensor.strides else _c_steps(shape)
     strides = tuple(step * itemsize for step in steps)
     # Nobody takes the capsule over, so holding it holds the array.
     return ArrayView(name, "dlpack", dtype, itemsize, shape, strides, (tensor.data or 0) + tensor.byte_offset,

@@ -66,8 +66,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         return 0
     from perf import measure, report
 
-    peers = None if args.peers is None else [name for name in args.peers.split(",") if name != "none"]
-    run = measure.start(args.backend, peers, args.samples)
+    run = measure.start(args.backend, None if args.peers is None else _names(args.peers), args.samples)
     suite = args.suite or ("quick" if run.on_gpu else "cpu")
     chosen = [cases.find(name) for name in args.case] if args.case else cases.suite(suite, args.seed)
     path = args.out or RESULTS / f"{_device_slug(run)}-{'case' if args.case else suite}-{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -136,10 +135,15 @@ def _draw(document: results.Results, folder: Path, stem: str, console: Console) 
         console.print(f"picture: {picture}", highlight=False)
 
 
+def _names(peers: str) -> list[str]:
+    """Of `--peers`."""
+    return [name for name in peers.split(",") if name != "none"]
+
+
 def _step(args: argparse.Namespace, console: Console) -> int:
     from perf import step
 
-    return step.run(args, console)
+    return step.measure_steps(args.case or step.CASES, _names(args.peers), console)
 
 
 def _explain(args: argparse.Namespace, console: Console) -> int:

@@ -59,8 +59,8 @@ class Gate:
             refs.append(out_ref.ravel())
         error, dtype = rel_err(np.concatenate(outs), np.concatenate(refs)), self._case.dtype
         unit, _ = unit_roundoff(dtype)
-        # P and the result are rounded: two errors of a third of u^2 in the mean, together 0.82 u at most. Bounds of single elements grow
-        # with a request, and let a few of its tokens be missing.
+        # P and the result are rounded: two errors of u^2 / 3 in the mean square, together 0.82 u. Bounds of single elements grow with a
+        # request, and let a few of its tokens be missing.
         if reason is None and dtype != "float32" and not error <= unit:
             reason = f"wrong: the relative error of out is {error:.3g}, above the {unit:.3g} that {dtype} rounds by"
         return Verdict(error, reason)

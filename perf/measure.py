@@ -229,10 +229,10 @@ def measure_case(run: Run, case: Case, limits: dict[str, float | None], starting
     finally:
         # What the frames of this case held is garbage now; the next case may need the memory.
         inputs = gate = contenders = None
-        _free_memory(run)
+        free_memory(run)
 
 
-def _free_memory(run: Run) -> None:
+def free_memory(run: Run) -> None:
     gc.collect()
     if run.library == "torch":
         import torch

@@ -54,8 +54,12 @@ def test_empty_batches():
     empty = {**inputs, "q": inputs["q"][:0], "block_table": inputs["block_table"][:0], "seq_lens": inputs["seq_lens"][:0]}
     out, lse = mla_decode(**empty, **_OPTIONS)
     assert out.shape == (0, 2, 4, 16) and lse.shape == (0, 4, 2)
-    out, lse = mla_decode(**{**inputs, "q": inputs["q"][:, :0]}, **_OPTIONS)
-    assert out.shape == (2, 0, 4, 16) and lse.shape == (2, 4, 0)
+    no_rows = {**inputs, "q": inputs["q"][:, :0]}
+    plan = plan_decode(inputs["seq_lens"], num_heads_q=4, page_size=8, head_dim_qk=24, head_dim_v=16, dtype="float32", backend="cpu",
+                       cu_seqlens_q=np.zeros(3, np.int32))
+    for options in ({}, dict(plan=plan, check_values=True)):
+        out, lse = mla_decode(**no_rows, **_OPTIONS, **options)
+        assert out.shape == (2, 0, 4, 16) and lse.shape == (2, 4, 0)
 
 
 class _Library:

@@ -15,7 +15,7 @@ if cuda.config.ENABLE_CUDASIM:
 from cuda.bindings import driver
 
 from mla_numba.host.compiler import compile_kernel
-from mla_numba.host.context import checked
+from mla_numba.host.driver import checked
 from mla_numba.host.tensor_map import encode
 from mla_numba.kernels.hopper_config import FIRST_MAP
 from verify.levels import on_hopper

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from numba import cuda
 
-from .context import bindings, checked
+from .driver import bindings, checked
 
 
 def is_capturing(stream: int) -> bool:

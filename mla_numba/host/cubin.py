@@ -18,7 +18,7 @@ from typing import Any
 from cuda.bindings import driver, nvjitlink
 
 from .compiler import compile_kernels
-from .context import checked
+from .driver import checked
 from .launch import KernelSpec
 
 _SOURCES = ("ptx/*.py", "kernels/*.py", "contract.py", "scheduler.py", "config.py")

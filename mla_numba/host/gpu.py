@@ -10,8 +10,9 @@ from numba import cuda
 
 from ..config import ceil_div
 from .capture import beside_captures
-from .context import checked, current_context, device_context
+from .context import current_context, device_context
 from .cubin import load_kernels
+from .driver import checked
 from .launch import Arguments, KernelSpec, Strided, configured, formats, numba_stream
 from .tensor_map import encode
 from .workspaces import Workspaces

@@ -3,7 +3,7 @@
 import numpy as np
 from cuda.bindings import driver
 
-from .context import checked
+from .driver import checked
 
 _DTYPES = {"bfloat16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
            "float16": driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}
